@@ -66,7 +66,7 @@ pub struct StepOutput {
     pub device_time: Duration,
 }
 
-#[derive(Debug, Error)]
+#[derive(Clone, Debug, PartialEq, Eq, Error)]
 pub enum ExecutorError {
     #[error("the device failed in step {step}: {message}")]
     Device { step: u64, message: String },
@@ -91,4 +91,16 @@ pub trait Executor: Send {
     fn submit(&mut self, batch: StepBatch) -> Result<Ticket, ExecutorError>;
     /// Waits for a step's end. Tickets are waited for in the order of submission.
     fn wait(&mut self, ticket: Ticket) -> Result<StepOutput, ExecutorError>;
+}
+
+impl<E: Executor + ?Sized> Executor for Box<E> {
+    fn capacity(&self) -> Capacity {
+        (**self).capacity()
+    }
+    fn submit(&mut self, batch: StepBatch) -> Result<Ticket, ExecutorError> {
+        (**self).submit(batch)
+    }
+    fn wait(&mut self, ticket: Ticket) -> Result<StepOutput, ExecutorError> {
+        (**self).wait(ticket)
+    }
 }

@@ -5,6 +5,10 @@
 //! `C = per_token * tokens` the compute-bound part. `hidden` (0..=1) says how far the smaller of
 //! the two hides behind the larger one.
 
+mod fit;
+
+pub use fit::{LawFit, Prior};
+
 use serde::{Deserialize, Serialize};
 
 /// What one engine step contains.
@@ -29,6 +33,19 @@ pub struct Law {
 }
 
 impl Law {
+    /// A memory-bound device whose smallest step takes `base` seconds, with the other terms in
+    /// the proportions of a GPU that serves a model of a few billion parameters: a guess to start
+    /// from.
+    pub fn typical(base: f64) -> Self {
+        Self {
+            base,
+            per_kv_token: base * 1.3e-5,
+            per_token: base * 1e-2,
+            per_sequence: base * 7e-3,
+            hidden: 0.9,
+        }
+    }
+
     /// Predicted duration of a step, in seconds.
     pub fn step_seconds(&self, shape: StepShape) -> f64 {
         let memory = self.base + self.per_kv_token * shape.kv_tokens as f64;
