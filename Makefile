@@ -59,4 +59,5 @@ $(cluster): $(cluster_sources)
 	mkdir -p $(cluster_bin)
 	cd tests/cluster && CGO_ENABLED=0 go build -trimpath -ldflags "-s -w" -o ../../$(cluster_bin)/pause ./cmd/pause
 	cd tests/cluster && CGO_ENABLED=0 go build -trimpath -ldflags "-s -w $(version_flags)" -o ../../$(cluster) .
+	for name in kubectl helm; do ln -sf local-cluster $(cluster_bin)/$$name || exit 1; done
 	touch $(cluster)

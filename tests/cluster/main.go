@@ -17,6 +17,8 @@ const usage = `usage: local-cluster COMMAND
   up                         start the cluster, clearing what a killed one left
   down                       remove every trace of it
   status                     say what runs; fails unless all does
+  env                        print the line that points a shell at it
+  kubeconfig                 print the path of its kubeconfig
   load-image FILE            import a docker-archive file
   pack-image NAME:TAG PROGRAM FILE
                              write a docker-archive file with one static program
@@ -41,12 +43,22 @@ func localCluster(args []string) error {
 		return err
 	}
 	command := append(args, "")[0]
-	if command == "pack-image" && len(args) == 4 {
-		return packImage(args[1], args[2], args[3])
+	arguments := map[string]int{
+		"up": 0, "down": 0, "status": 0, "env": 0, "kubeconfig": 0, "load-image": 1, "gpus": 1, "pack-image": 3,
 	}
-	arguments := map[string]int{"up": 0, "down": 0, "status": 0, "load-image": 1, "gpus": 1}
 	if wanted, known := arguments[command]; !known || len(args)-1 != wanted {
 		return fmt.Errorf("can't do %q\n%s", args, usage)
+	}
+	// What needs no cluster, no lock and no root.
+	switch command {
+	case "env":
+		fmt.Println(s.Export())
+		return nil
+	case "kubeconfig":
+		fmt.Println(s.Kubeconfig())
+		return nil
+	case "pack-image":
+		return packImage(args[1], args[2], args[3])
 	}
 	c, err := cluster.Open(s)
 	if err != nil {

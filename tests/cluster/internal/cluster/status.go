@@ -30,6 +30,6 @@ func (c *Cluster) Status() error {
 	}
 	fmt.Printf("%-24s Ready, %s %s\n", "node "+settings.Node, n.Status.Allocatable[settings.GPU], settings.GPU)
 	fmt.Printf("%-24s %s\n", "models folder", c.Models())
-	c.sayHowToUseIt()
+	fmt.Println(c.Export())
 	return nil
 }

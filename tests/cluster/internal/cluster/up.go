@@ -20,7 +20,7 @@ var Linked = []string{
 func (c *Cluster) Up() error {
 	if c.whyDown() == nil {
 		fmt.Println("the local cluster runs already")
-		c.sayHowToUseIt()
+		fmt.Println(c.Export())
 		return nil
 	}
 	if err := c.step("the machine has what it takes", "", "run `make prerequisites`", c.checkMachine); err != nil {
@@ -56,7 +56,7 @@ func (c *Cluster) Up() error {
 			return err
 		}
 	}
-	c.sayHowToUseIt()
+	fmt.Println(c.Export())
 	return nil
 }
 
@@ -126,8 +126,4 @@ func (c *Cluster) prepare() error {
 
 func (c *Cluster) prepareKernel() error {
 	return errors.Join(c.setSysctls(), c.makeNetwork(), makeCgroups())
-}
-
-func (c *Cluster) sayHowToUseIt() {
-	fmt.Printf("export KUBECONFIG=%s PATH=%s:$PATH\n", c.Kubeconfig(), c.Data("bin"))
 }

@@ -90,3 +90,8 @@ func (s Settings) Pids() string              { return filepath.Join(s.Run, "pids
 func (s Settings) Server() string {
 	return fmt.Sprintf("https://%s:%d", NodeAddress, PortAPIServer)
 }
+
+// Export is the line that points a shell at the cluster and its tools.
+func (s Settings) Export() string {
+	return fmt.Sprintf("export KUBECONFIG=%s PATH=%s:$PATH", s.Kubeconfig(), s.Data("bin"))
+}
