@@ -1,0 +1,180 @@
+//! Types and reasons of conditions, and the one way to set them.
+
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
+
+/// Types of conditions. Each is `True` when things are well, save `Progressing`, which is `True`
+/// while a rollout is under way.
+pub mod types {
+    /// The service answers requests, with the current spec: at least one replica of it is ready.
+    pub const READY: &str = "Ready";
+    /// As many replicas are ready as a rollout may leave: the wanted number less maxUnavailable.
+    pub const AVAILABLE: &str = "Available";
+    /// Pods are being created, replaced or removed.
+    pub const PROGRESSING: &str = "Progressing";
+    /// At least one replica has loaded the model.
+    pub const MODEL_LOADED: &str = "ModelLoaded";
+    /// All pods have found a node.
+    pub const SCHEDULED: &str = "Scheduled";
+    /// Replicas and dials follow the load.
+    pub const SCALING_ACTIVE: &str = "ScalingActive";
+    /// goodPercent of the requests met all objectives.
+    pub const OBJECTIVES_MET: &str = "ObjectivesMet";
+}
+
+/// Reasons of conditions: CamelCase, a closed set that programs may match on.
+pub mod reasons {
+    // Ready and Available
+    pub const REPLICAS_READY: &str = "ReplicasReady";
+    pub const NO_READY_REPLICA: &str = "NoReadyReplica";
+    pub const SCALED_TO_ZERO: &str = "ScaledToZero";
+    pub const INVALID_SPEC: &str = "InvalidSpec";
+    pub const APPLY_FAILED: &str = "ApplyFailed";
+
+    // What keeps a pod from answering
+    pub const IMAGE_PULL_FAILED: &str = "ImagePullFailed";
+    pub const CRASH_LOOP: &str = "CrashLoop";
+    pub const OUT_OF_MEMORY: &str = "OutOfMemory";
+    pub const CONTAINER_CONFIG_ERROR: &str = "ContainerConfigError";
+    pub const VOLUME_NOT_READY: &str = "VolumeNotReady";
+    pub const STARTING: &str = "Starting";
+
+    // Progressing
+    pub const ROLLOUT_IN_PROGRESS: &str = "RolloutInProgress";
+    pub const ROLLOUT_COMPLETE: &str = "RolloutComplete";
+    pub const ROLLOUT_STALLED: &str = "RolloutStalled";
+
+    // ModelLoaded
+    pub const MODEL_LOADED: &str = "ModelLoaded";
+    pub const MODEL_LOADING: &str = "ModelLoading";
+    pub const MODEL_LOAD_FAILED: &str = "ModelLoadFailed";
+
+    // Scheduled
+    pub const PODS_SCHEDULED: &str = "PodsScheduled";
+    pub const NO_PODS: &str = "NoPods";
+    pub const WAITING_FOR_ACCELERATOR: &str = "WaitingForAccelerator";
+    pub const UNSCHEDULABLE: &str = "Unschedulable";
+
+    // ScalingActive
+    pub const STEADY: &str = "Steady";
+    pub const NO_DATA: &str = "NoData";
+    pub const SCALE_UP: &str = "ScaleUp";
+    pub const SCALE_DOWN: &str = "ScaleDown";
+    pub const STABILIZING: &str = "Stabilizing";
+    pub const AT_MAX_REPLICAS: &str = "AtMaxReplicas";
+    pub const DIALS_MOVED: &str = "DialsMoved";
+    pub const MANUAL_MODE: &str = "ManualMode";
+
+    // ObjectivesMet
+    pub const OBJECTIVES_MET: &str = "ObjectivesMet";
+    pub const OBJECTIVES_MISSED: &str = "ObjectivesMissed";
+    pub const NO_TRAFFIC: &str = "NoTraffic";
+}
+
+/// The Kubernetes API allows no longer message.
+const MAX_MESSAGE_BYTES: usize = 32_768;
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Status {
+    True,
+    False,
+    Unknown,
+}
+
+impl Status {
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Status::True => "True",
+            Status::False => "False",
+            Status::Unknown => "Unknown",
+        }
+    }
+}
+
+impl From<bool> for Status {
+    fn from(value: bool) -> Self {
+        if value { Status::True } else { Status::False }
+    }
+}
+
+/// A finding about one generation of an object, not yet dated.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Finding {
+    /// One of [`types`].
+    pub type_: &'static str,
+    pub status: Status,
+    /// One of [`reasons`].
+    pub reason: &'static str,
+    /// A sentence for people; may be empty.
+    pub message: String,
+}
+
+impl Finding {
+    pub fn new(
+        type_: &'static str,
+        status: impl Into<Status>,
+        reason: &'static str,
+        message: impl Into<String>,
+    ) -> Self {
+        Finding {
+            type_,
+            status: status.into(),
+            reason,
+            message: message.into(),
+        }
+    }
+}
+
+/// Brings one condition up to date and says whether anything about it changed.
+///
+/// By the Kubernetes API conventions `lastTransitionTime` moves only when `status` does; a new
+/// condition gets `now`. Other conditions, also those of unknown types, are left alone.
+pub fn set_condition(
+    conditions: &mut Vec<Condition>,
+    finding: &Finding,
+    generation: Option<i64>,
+    now: &Time,
+) -> bool {
+    let mut new = Condition {
+        type_: finding.type_.to_owned(),
+        status: finding.status.as_str().to_owned(),
+        reason: finding.reason.to_owned(),
+        message: shorten(&finding.message),
+        observed_generation: generation,
+        last_transition_time: now.clone(),
+    };
+    match conditions.iter_mut().find(|c| c.type_ == finding.type_) {
+        None => {
+            conditions.push(new);
+            true
+        }
+        Some(old) => {
+            if old.status == new.status {
+                new.last_transition_time = old.last_transition_time.clone();
+            }
+            let changed = *old != new;
+            *old = new;
+            changed
+        }
+    }
+}
+
+/// The condition of this type, when there is one.
+pub fn find<'a>(conditions: &'a [Condition], type_: &str) -> Option<&'a Condition> {
+    conditions.iter().find(|c| c.type_ == type_)
+}
+
+/// Whether the condition is there and `True`.
+pub fn is_true(conditions: &[Condition], type_: &str) -> bool {
+    find(conditions, type_).is_some_and(|c| c.status == "True")
+}
+
+fn shorten(message: &str) -> String {
+    if message.len() <= MAX_MESSAGE_BYTES {
+        return message.to_owned();
+    }
+    let mut end = MAX_MESSAGE_BYTES - '…'.len_utf8();
+    while !message.is_char_boundary(end) {
+        end -= 1;
+    }
+    format!("{}…", &message[..end])
+}

@@ -1,0 +1,276 @@
+//! What a person asks for: the root object, the model and what its pods may use.
+
+use std::collections::BTreeMap;
+
+use k8s_openapi::apimachinery::pkg::api::resource::Quantity;
+use kube::{CustomResource, KubeSchema};
+use serde::{Deserialize, Serialize};
+
+use crate::embed;
+use crate::engine::Engine;
+use crate::pod::PodSettings;
+use crate::scaling::{Objectives, Rollout, Scaling};
+use crate::status::InferenceServiceStatus;
+
+/// Wanted state of the service.
+#[derive(CustomResource, KubeSchema, Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[kube(
+    group = "serving.stoker.dev",
+    version = "v1alpha1",
+    kind = "InferenceService",
+    plural = "inferenceservices",
+    shortname = "infsvc",
+    category = "all",
+    namespaced,
+    derive = "PartialEq",
+    status = "InferenceServiceStatus",
+    doc = "A language model served as an OpenAI-style HTTP API by replicas whose number and dials follow the load, within stated objectives.",
+    scale(
+        spec_replicas_path = ".spec.replicas",
+        status_replicas_path = ".status.replicas",
+        label_selector_path = ".status.selector"
+    ),
+    printcolumn(
+        name = "Ready",
+        type_ = "string",
+        json_path = ".status.conditions[?(@.type==\"Ready\")].status",
+        description = "Whether the service answers requests."
+    ),
+    printcolumn(
+        name = "Replicas",
+        type_ = "integer",
+        json_path = ".status.readyReplicas",
+        description = "Replicas that answer requests."
+    ),
+    printcolumn(
+        name = "Cap",
+        type_ = "integer",
+        json_path = ".status.dials.maxNumSeqs",
+        description = "Sequences that one replica runs at once (max_num_seqs)."
+    ),
+    printcolumn(
+        name = "Budget",
+        type_ = "integer",
+        json_path = ".status.dials.maxNumBatchedTokens",
+        description = "Tokens that one step of a replica may compute (max_num_batched_tokens)."
+    ),
+    printcolumn(
+        name = "Tok/s",
+        type_ = "integer",
+        json_path = ".status.load.tokensPerSecond",
+        description = "Tokens generated a second, all replicas together."
+    ),
+    printcolumn(
+        name = "Good",
+        type_ = "integer",
+        json_path = ".status.load.goodPercent",
+        description = "Percent of requests that met all objectives."
+    ),
+    printcolumn(
+        name = "Reason",
+        type_ = "string",
+        json_path = ".status.reason",
+        description = "Why replicas and dials are as they are."
+    ),
+    printcolumn(
+        name = "Age",
+        type_ = "date",
+        json_path = ".metadata.creationTimestamp"
+    ),
+    printcolumn(
+        name = "Desired",
+        type_ = "integer",
+        json_path = ".status.desiredReplicas",
+        description = "Replicas that are wanted.",
+        priority = 1
+    ),
+    printcolumn(
+        name = "Model",
+        type_ = "string",
+        json_path = ".spec.model.source",
+        description = "Where the weights come from.",
+        priority = 1
+    ),
+    printcolumn(
+        name = "Endpoint",
+        type_ = "string",
+        json_path = ".status.endpoint",
+        description = "Base URL inside the cluster.",
+        priority = 1
+    ),
+    validation = Rule::new("self.metadata.name.size() <= 45 && self.metadata.name.matches('^[a-z]([-a-z0-9]*[a-z0-9])?$')")
+        .message("metadata.name also names a Service and pods: use at most 45 lower-case letters, digits and '-', starting with a letter"),
+)]
+#[serde(rename_all = "camelCase")]
+#[x_kube(
+    validation = Rule::new("self.engine.device != 'cuda' || has(self.resources.accelerator)")
+        .message("engine.device cuda needs resources.accelerator, such as {resource: nvidia.com/gpu, count: 1}; without a GPU set engine.device: cpu")
+        .field_path(".engine.device"),
+    validation = Rule::new("self.engine.device == 'simulated' || has(self.model.source)")
+        .message("model.source is required: set it to pvc://<claim>/<path of the .gguf file>, or set engine.device: simulated to run without a model")
+        .field_path(".model"),
+    validation = Rule::new("self.engine.device != 'simulated' || !has(self.model.source)")
+        .message("engine.device simulated reads no model: remove model.source, or set engine.device to cpu or cuda")
+        .field_path(".model"),
+    validation = Rule::new("self.scaling.mode == 'Manual' || self.replicas == 1")
+        .message("scaling.mode Auto decides about replicas itself, between scaling.minReplicas and scaling.maxReplicas: set scaling.mode: Manual to change replicas by hand, or leave replicas at its default of 1")
+        .field_path(".replicas"),
+)]
+pub struct InferenceServiceSpec {
+    /// The model to serve.
+    #[serde(default)]
+    pub model: Model,
+
+    /// What each replica asks the scheduler for.
+    #[serde(default)]
+    pub resources: Resources,
+
+    /// Settings of the pods. What Stoker needs itself (ports, probes, security) is not among them.
+    #[serde(default)]
+    pub pod: PodSettings,
+
+    /// How the engine runs, and how far its dials may move.
+    pub engine: Engine,
+
+    /// What a request may expect; dials and replicas are set so that these hold.
+    #[serde(default)]
+    pub objectives: Objectives,
+
+    /// How the number of replicas is decided.
+    #[serde(default)]
+    pub scaling: Scaling,
+
+    /// Replicas in scaling.mode Manual; `kubectl scale` sets it. In mode Auto it stays at 1 and isn't read.
+    #[serde(default = "one")]
+    #[schemars(range(min = 0, max = 1000))]
+    pub replicas: i32,
+
+    /// How pods are replaced when their template changes.
+    #[serde(default)]
+    pub rollout: Rollout,
+}
+
+/// The model to serve.
+#[derive(KubeSchema, Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+#[x_kube(
+    validation = Rule::new("!has(self.source) || self.source.matches('^(pvc://[a-z0-9]([-a-z0-9.]*[a-z0-9])?|file://)/[A-Za-z0-9._/@+=:-]+$')")
+        .message("model.source must be pvc://<claim>/<path> or file:///<absolute path>, with letters, digits and ._/@+=:- in the path; hf://, oci:// and https:// are not supported in this version: put the file on a PersistentVolumeClaim")
+        .field_path(".source"),
+    validation = Rule::new("!has(self.source) || !self.source.matches('/[.][.]?(/|$)')")
+        .message("model.source must not hold . or .. as a part of its path: write the path out")
+        .field_path(".source"),
+)]
+pub struct Model {
+    /// Where the weights are: `pvc://claim/path/model.gguf` (a PersistentVolumeClaim in the same namespace, mounted read-only) or `file:///path/model.gguf` (in the image or on a volume of spec.pod). Left out when engine.device is simulated.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(length(min = 1, max = 512))]
+    pub source: Option<String>,
+
+    /// Name that clients put into `model` of a request; without it the object's name.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(
+        length(min = 1, max = 128),
+        regex(pattern = "^[A-Za-z0-9]([A-Za-z0-9._:/-]*[A-Za-z0-9])?$")
+    )]
+    pub served_name: Option<String>,
+}
+
+/// What each replica asks the scheduler for.
+#[derive(KubeSchema, Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+#[x_kube(
+    validation = Rule::new("!has(self.accelerator) || ((!has(self.requests) || !(self.accelerator.resource in self.requests)) && (!has(self.limits) || !(self.accelerator.resource in self.limits)))")
+        .message("state the accelerator once: remove it from resources.requests and resources.limits, or remove resources.accelerator"),
+    validation = Rule::new("!has(self.requests) || !has(self.limits) || self.requests.all(k, !(k in self.limits) || !isQuantity(string(self.requests[k])) || !isQuantity(string(self.limits[k])) || !quantity(string(self.requests[k])).isGreaterThan(quantity(string(self.limits[k]))))")
+        .message("a resource in resources.requests must not exceed the same resource in resources.limits: lower the request or raise the limit"),
+)]
+pub struct Resources {
+    /// GPUs of each replica; the taint of that name is tolerated by itself.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub accelerator: Option<Accelerator>,
+
+    /// Requests of the server container, by resource name, such as `cpu: 500m`.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    #[schemars(schema_with = "embed::quantities")]
+    pub requests: BTreeMap<String, Quantity>,
+
+    /// Limits of the server container, by resource name, such as `memory: 2Gi`.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    #[schemars(schema_with = "embed::quantities")]
+    pub limits: BTreeMap<String, Quantity>,
+}
+
+/// A kind and number of devices.
+#[derive(KubeSchema, Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+#[x_kube(
+    validation = Rule::new("self.resource.matches('^[a-z0-9]([-a-z0-9.]*[a-z0-9])?/[A-Za-z0-9]([-A-Za-z0-9_.]*[A-Za-z0-9])?$')")
+        .message("resources.accelerator.resource must be a resource that a device plugin offers, with its domain, such as nvidia.com/gpu")
+        .field_path(".resource"),
+)]
+pub struct Accelerator {
+    /// Resource that the nodes' device plugin offers, with its domain.
+    #[serde(default = "nvidia_gpu")]
+    #[schemars(length(min = 3, max = 253))]
+    pub resource: String,
+
+    /// Devices of each replica.
+    #[serde(default = "one")]
+    #[schemars(range(min = 1, max = 16))]
+    pub count: i32,
+}
+
+fn one() -> i32 {
+    1
+}
+
+fn nvidia_gpu() -> String {
+    "nvidia.com/gpu".to_owned()
+}
+
+/// A parsed `spec.model.source`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum ModelSource {
+    /// A file on a PersistentVolumeClaim; `path` is relative to the volume's root.
+    Claim { claim: String, path: String },
+    /// A file that the server's container sees at this absolute path.
+    File { path: String },
+}
+
+impl Model {
+    /// The parsed source; `None` when there is none.
+    ///
+    /// # Errors
+    /// Says what is wrong with a source that the CRD's rules would have refused.
+    pub fn parse_source(&self) -> Result<Option<ModelSource>, String> {
+        let Some(source) = self.source.as_deref() else {
+            return Ok(None);
+        };
+        if let Some(rest) = source.strip_prefix("pvc://")
+            && let Some((claim, path)) = rest.split_once('/')
+            && !claim.is_empty()
+            && !path.is_empty()
+        {
+            return Ok(Some(ModelSource::Claim {
+                claim: claim.to_owned(),
+                path: path.to_owned(),
+            }));
+        }
+        match source.strip_prefix("file://") {
+            Some(path) if path.starts_with('/') && path.len() > 1 => Ok(Some(ModelSource::File {
+                path: path.to_owned(),
+            })),
+            _ => Err(format!(
+                "model.source is {source:?}, but must be pvc://<claim>/<path> or file:///<absolute path>"
+            )),
+        }
+    }
+}
+
+impl InferenceServiceSpec {
+    /// The name that clients put into `model` of a request.
+    pub fn served_name<'a>(&'a self, object_name: &'a str) -> &'a str {
+        self.model.served_name.as_deref().unwrap_or(object_name)
+    }
+}
