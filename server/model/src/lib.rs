@@ -1,1 +1,19 @@
+//! A language model behind the engine's [`Executor`](stoker_engine::executor::Executor): weights,
+//! tokenizer and chat template out of one GGUF file, and the executor that runs them on the CPU.
+//!
+//! [`LoadedModel::load`] is the way in. A server without a model file (`--device simulated`) takes
+//! [`Tokenizer::simulated`] and [`ChatTemplate::chatml`] instead.
 
+pub mod architecture;
+pub mod chat;
+pub mod cpu;
+pub mod error;
+pub mod gguf;
+pub mod load;
+pub mod tokenizer;
+
+pub use chat::{ChatError, ChatMessage, ChatTemplate};
+pub use cpu::CpuExecutor;
+pub use error::LoadError;
+pub use load::{KvMemory, LoadOptions, LoadPhase, LoadedModel, ModelInfo, Progress};
+pub use tokenizer::{DecodeStream, EncodeOptions, Tokenizer, TokenizerError};

@@ -1,0 +1,125 @@
+//! From a path to a model that is ready to run.
+
+use std::{fmt, path::Path, sync::Arc};
+
+use crate::{
+    chat::ChatTemplate, cpu::CpuExecutor, error::LoadError, gguf::GgufFile, tokenizer::Tokenizer,
+};
+
+/// How much memory the KV cache gets.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum KvMemory {
+    Bytes(u64),
+    /// This share, in (0, 1], of the memory that the process may use (its cgroup's limit, or what
+    /// the machine has available), less the weights.
+    Utilization(f64),
+}
+
+#[derive(Clone, Debug)]
+pub struct LoadOptions {
+    /// `None`: the model's own context length.
+    pub max_model_len: Option<u32>,
+    pub kv_memory: KvMemory,
+    /// Threads that compute; `None`: as many as the process may use (cgroup limits respected).
+    pub threads: Option<usize>,
+    /// Ceiling of the dial `max_num_seqs`.
+    pub max_num_seqs: u32,
+    /// Ceiling of the dial `max_num_batched_tokens`.
+    pub max_num_batched_tokens: u32,
+}
+
+impl Default for LoadOptions {
+    fn default() -> Self {
+        Self {
+            max_model_len: None,
+            kv_memory: KvMemory::Utilization(0.9),
+            threads: None,
+            max_num_seqs: 128,
+            // A CPU computes some hundred prompt tokens a second: more in one step would stall
+            // every running sequence for many seconds.
+            max_num_batched_tokens: 1024,
+        }
+    }
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum LoadPhase {
+    /// Reading the file's header.
+    Header,
+    Tokenizer,
+    Weights,
+    KvCache,
+}
+
+impl fmt::Display for LoadPhase {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Header => "header",
+            Self::Tokenizer => "tokenizer",
+            Self::Weights => "weights",
+            Self::KvCache => "kv cache",
+        })
+    }
+}
+
+/// How far loading has come; `percent` of the whole never goes back and ends at 100.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Progress {
+    pub phase: LoadPhase,
+    pub percent: f32,
+}
+
+/// What the file says about the model, and what it takes in memory.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ModelInfo {
+    /// `general.name`, where the file has one.
+    pub name: Option<String>,
+    pub architecture: String,
+    pub parameters: u64,
+    pub context_length: u32,
+    pub vocab_size: u32,
+    pub weight_bytes: u64,
+    pub kv_bytes_per_token: u64,
+    pub threads: usize,
+}
+
+pub struct LoadedModel {
+    pub executor: CpuExecutor,
+    pub tokenizer: Arc<Tokenizer>,
+    pub chat_template: Arc<ChatTemplate>,
+    pub info: ModelInfo,
+}
+
+impl LoadedModel {
+    /// Reads a GGUF file, dequantises its weights to f16 and sets up the KV cache. Takes seconds;
+    /// call it on a thread of its own. `progress` is called on the calling thread.
+    pub fn load(
+        path: &Path,
+        options: &LoadOptions,
+        progress: &dyn Fn(Progress),
+    ) -> Result<Self, LoadError> {
+        let report = |phase, percent| progress(Progress { phase, percent });
+        report(LoadPhase::Header, 0.0);
+        let file = GgufFile::open(path)?;
+        report(LoadPhase::Tokenizer, 1.0);
+        let tokenizer = Arc::new(Tokenizer::from_gguf(&file)?);
+        let chat_template = Arc::new(match file.string_opt("tokenizer.chat_template")? {
+            Some(source) => ChatTemplate::new(
+                source,
+                tokenizer.bos_token().unwrap_or_default(),
+                tokenizer.eos_token().unwrap_or_default(),
+            )?,
+            None => ChatTemplate::missing(),
+        });
+        let (executor, info) = CpuExecutor::load(&file, &tokenizer, options, &|phase, share| {
+            report(phase, 3.0 + 97.0 * share);
+        })?;
+        report(LoadPhase::KvCache, 100.0);
+        Ok(Self {
+            executor,
+            tokenizer,
+            chat_template,
+            info,
+        })
+    }
+}
