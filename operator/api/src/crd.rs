@@ -4,7 +4,6 @@ use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::{
     CustomResourceDefinition, JSON, JSONSchemaProps, JSONSchemaPropsOrArray, JSONSchemaPropsOrBool,
 };
 use kube::CustomResourceExt;
-use serde_json::json;
 
 use crate::spec::InferenceService;
 
@@ -32,15 +31,11 @@ pub fn crd_yaml() -> Result<String, serde_saphyr::ser::Error> {
 
 /// Makes a derived schema what a person would have written:
 /// - A null is dropped and defaulted like a left out field, instead of being kept.
-/// - A part of the object that is left out becomes `{}` and gets its fields' defaults, which so
-///   are stated once.
 /// - Line breaks of the source are none of the description.
 fn simplify(schema: &mut JSONSchemaProps) {
     schema.nullable = None;
-    if let Some(JSON(default)) = &mut schema.default
-        && default.is_object()
-    {
-        *default = json!({});
+    if let Some(values) = &mut schema.enum_ {
+        values.retain(|JSON(value)| !value.is_null());
     }
     if let Some(text) = &mut schema.description {
         *text = text.replace('\n', " ");

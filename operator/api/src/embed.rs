@@ -44,7 +44,6 @@ pub(crate) fn quantities(_: &mut SchemaGenerator) -> Schema {
 pub(crate) fn count_or_percent(_: &mut SchemaGenerator) -> Schema {
     json_schema!({
         "x-kubernetes-int-or-string": true,
-        "anyOf": [{"type": "integer"}, {"type": "string"}],
         "minimum": 0,
         "maximum": 1000,
         "maxLength": 4,
@@ -135,7 +134,6 @@ pub(crate) fn conditions(generator: &mut SchemaGenerator) -> Schema {
 fn quantity() -> Value {
     json!({
         "x-kubernetes-int-or-string": true,
-        "anyOf": [{"type": "integer"}, {"type": "string"}],
         "minimum": 0,
         "maxLength": 32,
         "pattern": r"^\+?([0-9]+|[0-9]+\.[0-9]*|[0-9]*\.[0-9]+)(([KMGTPE]i)|[numkMGTPE]|([eE][+-]?[0-9]+))?$",
@@ -216,7 +214,6 @@ fn int_or_string(is_quantity: bool, original: Map<String, Value>) -> Map<String,
     } else {
         json!({
             "x-kubernetes-int-or-string": true,
-            "anyOf": [{"type": "integer"}, {"type": "string"}],
             "maxLength": 253,
         })
     };

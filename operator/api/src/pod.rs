@@ -71,7 +71,7 @@ pub struct PodSettings {
     pub tolerations: Vec<Toleration>,
 
     /// Nodes and neighbours that the pods prefer or need.
-    #[serde(skip_serializing_if = "Option::is_none")]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(schema_with = "embed::affinity")]
     pub affinity: Option<Affinity>,
 
