@@ -26,8 +26,10 @@ pub mod reasons {
     // Ready and Available
     pub const REPLICAS_READY: &str = "ReplicasReady";
     pub const NO_READY_REPLICA: &str = "NoReadyReplica";
+    pub const NO_REPLICA_ANSWERS: &str = "NoReplicaAnswers";
     pub const SCALED_TO_ZERO: &str = "ScaledToZero";
     pub const INVALID_SPEC: &str = "InvalidSpec";
+    pub const NAME_TAKEN: &str = "NameTaken";
     pub const APPLY_FAILED: &str = "ApplyFailed";
 
     // What keeps a pod from answering

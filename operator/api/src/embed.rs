@@ -37,7 +37,15 @@ pub(crate) fn quantities(_: &mut SchemaGenerator) -> Schema {
     json_schema!({
         "type": "object",
         "maxProperties": 16,
+        "x-kubernetes-validations": [qualified_keys()],
         "additionalProperties": quantity(),
+    })
+}
+
+fn qualified_keys() -> Value {
+    json!({
+        "rule": "self.all(key, !format.qualifiedName().validate(key).hasValue())",
+        "message": "a key must be a qualified name: at most 63 letters, digits and '-', '_', '.', with an optional prefix such as example.com/",
     })
 }
 
@@ -55,6 +63,7 @@ pub(crate) fn labels(_: &mut SchemaGenerator) -> Schema {
     json_schema!({
         "type": "object",
         "maxProperties": 32,
+        "x-kubernetes-validations": [qualified_keys()],
         "additionalProperties": {
             "type": "string",
             "maxLength": 63,
@@ -67,6 +76,7 @@ pub(crate) fn annotations(_: &mut SchemaGenerator) -> Schema {
     json_schema!({
         "type": "object",
         "maxProperties": 32,
+        "x-kubernetes-validations": [qualified_keys()],
         "additionalProperties": {"type": "string", "maxLength": MAX_STRING},
     })
 }
@@ -85,6 +95,7 @@ pub(crate) fn image_pull_secrets(_: &mut SchemaGenerator) -> Schema {
 pub(crate) fn env(generator: &mut SchemaGenerator) -> Schema {
     let mut item = schema_of::<EnvVar>(generator);
     bound(&mut item, "name", 1, 253);
+    item["properties"]["name"]["pattern"] = json!("^[-._A-Za-z][-._A-Za-z0-9]*$");
     list(item, 64, &["name"])
 }
 
@@ -107,6 +118,7 @@ pub(crate) fn volumes(generator: &mut SchemaGenerator) -> Schema {
         properties.retain(|name, _| name == "name" || VOLUME_SOURCES.contains(&name.as_str()));
     }
     bound(&mut item, "name", 1, 63);
+    item["properties"]["name"]["pattern"] = json!("^[a-z0-9]([-a-z0-9]*[a-z0-9])?$");
     let given = VOLUME_SOURCES.map(|source| format!("has(self.{source})"));
     item["x-kubernetes-validations"] = json!([{
         "rule": format!("[{}].filter(given, given).size() == 1", given.join(", ")),
@@ -119,6 +131,7 @@ pub(crate) fn volume_mounts(generator: &mut SchemaGenerator) -> Schema {
     let mut item = schema_of::<VolumeMount>(generator);
     bound(&mut item, "name", 1, 63);
     bound(&mut item, "mountPath", 1, 512);
+    item["properties"]["mountPath"]["pattern"] = json!("^/[^:]*$");
     list(item, 16, &["mountPath"])
 }
 

@@ -106,6 +106,9 @@ use crate::status::InferenceServiceStatus;
     validation = Rule::new("self.engine.device != 'cuda' || has(self.resources.accelerator)")
         .message("engine.device cuda needs resources.accelerator, such as {resource: nvidia.com/gpu, count: 1}; without a GPU set engine.device: cpu")
         .field_path(".engine.device"),
+    validation = Rule::new("self.engine.device != 'cpu' || !has(self.resources.accelerator)")
+        .message("engine.device cpu would leave the GPU of resources.accelerator idle: remove resources.accelerator, or set engine.device: cuda")
+        .field_path(".engine.device"),
     validation = Rule::new("self.engine.device == 'simulated' || has(self.model.source)")
         .message("model.source is required: set it to pvc://<claim>/<path of the .gguf file>, or set engine.device: simulated to run without a model")
         .field_path(".model"),

@@ -49,8 +49,8 @@ fn chart_is_up_to_date() {
         .expect("the definition has metadata");
     let annotated = format!(
         "{{{{- /* Generated from operator/api: UPDATE=1 cargo test --release -p stoker-api */ -}}}}\n\
-         {head}metadata:\n  annotations:\n    helm.sh/resource-policy: keep\n{}",
-        rest
+         {{{{- if .Values.crds.install }}}}\n\
+         {head}metadata:\n  annotations:\n    helm.sh/resource-policy: keep\n{rest}{{{{- end }}}}\n"
     );
     assert!(
         !rest.contains("{{"),

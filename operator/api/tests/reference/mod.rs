@@ -65,6 +65,7 @@ fn section(out: &mut String, path: &str, schema: &JSONSchemaProps) {
     let required = schema.required.clone().unwrap_or_default();
     for (name, property) in properties {
         let default = match &property.default {
+            // The fields of the object tell theirs.
             Some(JSON(value)) if value.is_object() => String::new(),
             Some(JSON(value)) => format!("`{}`", value.to_string().trim_matches('"')),
             None if required.contains(name) => "**required**".to_owned(),
@@ -137,7 +138,11 @@ fn rules(out: &mut String, schema: &JSONSchemaProps) {
 
 fn collect_rules(schema: &JSONSchemaProps, found: &mut Vec<String>) {
     for rule in schema.x_kubernetes_validations.iter().flatten() {
-        found.extend(rule.message.clone());
+        if let Some(message) = rule.message.clone()
+            && !found.contains(&message)
+        {
+            found.push(message);
+        }
     }
     for property in schema.properties.iter().flat_map(|p| p.values()) {
         collect_rules(property, found);
