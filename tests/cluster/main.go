@@ -49,7 +49,7 @@ func localCluster(args []string) error {
 	if wanted, known := arguments[command]; !known || len(args)-1 != wanted {
 		return fmt.Errorf("can't do %q\n%s", args, usage)
 	}
-	// What needs no cluster, no lock and no root.
+	// What changes nothing needs no lock.
 	switch command {
 	case "env":
 		fmt.Println(s.Export())
@@ -59,6 +59,12 @@ func localCluster(args []string) error {
 		return nil
 	case "pack-image":
 		return packImage(args[1], args[2], args[3])
+	case "status":
+		c, err := cluster.Look(s)
+		if err != nil {
+			return err
+		}
+		return c.Status()
 	}
 	c, err := cluster.Open(s)
 	if err != nil {
@@ -69,8 +75,6 @@ func localCluster(args []string) error {
 		return c.Up()
 	case "down":
 		return c.Down()
-	case "status":
-		return c.Status()
 	case "load-image":
 		return c.LoadImage(args[1])
 	default:

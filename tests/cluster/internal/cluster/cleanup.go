@@ -1,7 +1,6 @@
 package cluster
 
 import (
-	"encoding/json"
 	"errors"
 	"os"
 	"path/filepath"
@@ -98,8 +97,7 @@ func (c *Cluster) endShims() error {
 }
 
 func (c *Cluster) removeState() error {
-	removeCNIResults()
-	removeLogLinks(c.Data("pod-logs"))
+	c.removeStrays()
 	entries, _ := os.ReadDir(c.State)
 	for _, entry := range entries {
 		if path := c.Data(entry.Name()); path != c.Models() {
@@ -109,33 +107,4 @@ func (c *Cluster) removeState() error {
 		}
 	}
 	return os.RemoveAll(c.Run)
-}
-
-// removeCNIResults removes what the CNI library has noted of our network in a
-// folder that containerd gives no choice about.
-func removeCNIResults() {
-	const dir = "/var/lib/cni/results"
-	files, _ := filepath.Glob(dir + "/*")
-	for _, file := range files {
-		var result struct{ NetworkName string }
-		if text, err := os.ReadFile(file); err == nil && json.Unmarshal(text, &result) == nil && result.NetworkName == settings.Network {
-			_ = os.Remove(file)
-		}
-	}
-	// Only if they are empty now: others may use them.
-	_ = os.Remove(dir)
-	_ = os.Remove(filepath.Dir(dir))
-}
-
-// removeLogLinks removes the links that the kubelet makes to its pods' logs, in
-// a folder that is fixed in it.
-func removeLogLinks(logs string) {
-	const dir = "/var/log/containers"
-	links, _ := filepath.Glob(dir + "/*.log")
-	for _, link := range links {
-		if target, err := os.Readlink(link); err == nil && strings.HasPrefix(target, logs+"/") {
-			_ = os.Remove(link)
-		}
-	}
-	_ = os.Remove(dir)
 }

@@ -21,21 +21,27 @@ var daemons = []string{
 // Cluster is the local cluster: there is one a machine.
 type Cluster struct {
 	settings.Settings
-	executable string // this program; the components are in it
+	executable string   // this program; the components are in it
+	locked     *os.File // held open: its lock goes when it is closed, by the collector too
 	progress   progress
 	api        *http.Client
 }
 
-// Open takes the lock that keeps two commands from working on the cluster at once.
-func Open(s settings.Settings) (*Cluster, error) {
+// Look is for commands that change nothing.
+func Look(s settings.Settings) (*Cluster, error) {
 	if os.Geteuid() != 0 {
 		return nil, fmt.Errorf("the local cluster needs root: it makes a bridge, mounts and cgroups. Run this as root")
 	}
 	executable, err := os.Executable()
+	return &Cluster{Settings: s, executable: executable}, err
+}
+
+// Open takes the lock that keeps two commands from changing the cluster at once.
+func Open(s settings.Settings) (*Cluster, error) {
+	c, err := Look(s)
 	if err != nil {
 		return nil, err
 	}
-	c := &Cluster{Settings: s, executable: executable}
 	return c, c.lock()
 }
 
@@ -59,7 +65,8 @@ func (c *Cluster) lock() error {
 		held, err1 := file.Stat()
 		there, err2 := os.Stat(path)
 		if err1 == nil && err2 == nil && os.SameFile(held, there) {
-			return nil // held until this process ends
+			c.locked = file
+			return nil
 		}
 		file.Close()
 	}

@@ -78,6 +78,7 @@ func (c *Cluster) startControllers() error {
 	manager := append(common("kube-controller-manager"),
 		"--root-ca-file="+c.PKI("ca.crt"), "--service-account-private-key-file="+c.PKI("service-accounts.key"),
 		"--cluster-signing-cert-file="+c.PKI("ca.crt"), "--cluster-signing-key-file="+c.PKI("ca.key"),
+		"--flex-volume-plugin-dir="+c.Data("volume-plugins"),
 		"--use-service-account-credentials")
 	if err := c.component("kube-controller-manager", manager...); err != nil {
 		return err

@@ -42,7 +42,7 @@ func (c *Cluster) Up() error {
 		{"etcd answers", "etcd", again, c.etcdAnswers},
 		{"API server started", "kube-apiserver", again, c.startAPIServer},
 		{"containerd answers", "containerd", again, c.containerdAnswers},
-		{"pause image imported", "containerd", "run `make cluster-build`: the program `pause` must lie beside local-cluster", c.importPauseImage},
+		{"pause image imported", "containerd", again, c.importPauseImage},
 		{"API server is ready", "kube-apiserver", again, c.apiServerReady},
 		{"controllers, scheduler, kubelet and proxy started", "kubelet", again, func() error {
 			return errors.Join(c.startControllers(), c.startKubelet(), c.startProxy())
