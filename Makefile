@@ -57,7 +57,7 @@ cluster-build: $(cluster)
 $(cluster): $(cluster_sources)
 	@echo "building the local cluster (the first time takes 5 to 10 minutes)"
 	mkdir -p $(cluster_bin)
-	cd tests/cluster && CGO_ENABLED=0 go build -trimpath -ldflags "-s -w" -o ../../$(cluster_bin)/pause ./cmd/pause
-	cd tests/cluster && CGO_ENABLED=0 go build -trimpath -ldflags "-s -w $(version_flags)" -o ../../$(cluster) .
+	cd tests/cluster && CGO_ENABLED=0 go build -trimpath -buildvcs=false -ldflags "-s -w" -o ../../$(cluster_bin)/pause ./cmd/pause
+	cd tests/cluster && CGO_ENABLED=0 go build -trimpath -buildvcs=false -ldflags "-s -w $(version_flags)" -o ../../$(cluster) .
 	for name in kubectl helm; do ln -sf local-cluster $(cluster_bin)/$$name || exit 1; done
 	touch $(cluster)
