@@ -8,7 +8,8 @@ use thiserror::Error;
 pub type BlockId = u32;
 
 /// A row of sampling state that the executor may keep per sequence; given out by the scheduler,
-/// unique among running sequences and reused after a sequence ends.
+/// below `max_num_seqs`, unique among the rows of a step, and reused after a sequence ends: at the
+/// earliest in the step after its last one, where the new owner starts with known tokens.
 pub type Slot = u32;
 
 /// One token that goes into a step.

@@ -5,13 +5,17 @@
 //! still in flight, then waits for that one and turns its tokens into [`Event`]s. There is no
 //! I/O here, no tensor, and no time but what a [`Clock`] tells.
 
+mod blocks;
 mod calibrate;
 mod clock;
 mod engine;
 pub mod executor;
 mod request;
+mod scheduler;
+mod sequence;
 pub mod simulated;
 mod stats;
+mod waiting;
 
 pub use calibrate::calibrate;
 pub use clock::{Clock, RealClock, VirtualClock};

@@ -4,10 +4,17 @@
 //! `M = base + per_kv_token * kv_tokens` is the memory-bound part (weights and KV cache read) and
 //! `C = per_token * tokens` the compute-bound part. `hidden` (0..=1) says how far the smaller of
 //! the two hides behind the larger one.
+//!
+//! [`Law`] predicts, and answers the inverse questions: how many sequences, how many tokens for a
+//! wanted step time. [`LawFit`] learns it from timed steps.
 
 mod fit;
+mod observations;
+mod plan;
+mod solve;
 
 pub use fit::{LawFit, Prior};
+pub use plan::RunningLoad;
 
 use serde::{Deserialize, Serialize};
 
@@ -53,5 +60,16 @@ impl Law {
         memory.max(compute)
             + (1.0 - self.hidden) * memory.min(compute)
             + self.per_sequence * f64::from(shape.sequences)
+    }
+
+    /// The same device, `factor` times as slow.
+    pub fn slowed(&self, factor: f64) -> Self {
+        Self {
+            base: self.base * factor,
+            per_kv_token: self.per_kv_token * factor,
+            per_token: self.per_token * factor,
+            per_sequence: self.per_sequence * factor,
+            hidden: self.hidden,
+        }
     }
 }
