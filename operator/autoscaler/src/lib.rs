@@ -1,10 +1,29 @@
 //! The scaling policy: observation in, decision and reason out. Pure: no clock, no I/O, no Kubernetes.
+//!
+//! | file | from | to |
+//! |---|---|---|
+//! | `fleet` | counters of replicas that come and go | what happened within a window |
+//! | `demand` | windows | rates, backlog, the mix of requests |
+//! | `laws` | the replicas' laws | the fleet's law, and who is unlike it |
+//! | `model` | a law, a mix, objectives | what dials carry, and at what latency |
+//! | `dials` | the model | the dials to use |
+//! | `tune` | all of these | dials for the fleet and for unlike replicas |
+//! | `replicas` | demand, capacity | how many replicas |
+//! | `reason` | all of it | a sentence |
 
 pub mod decision;
 pub mod memory;
 pub mod observation;
 
-use std::collections::BTreeMap;
+mod demand;
+mod dials;
+mod fleet;
+mod histogram;
+mod laws;
+mod model;
+mod reason;
+mod replicas;
+mod tune;
 
 pub use decision::{Decision, Load, Reason, ReasonCode};
 pub use memory::Memory;
@@ -13,35 +32,102 @@ pub use observation::{
     Sample,
 };
 
+use demand::Demand;
+use fleet::Census;
+use model::Mix;
+use replicas::Need;
+
+/// What a decision rests on.
+pub(crate) struct Scene<'a> {
+    pub now: f64,
+    pub census: Census<'a>,
+    /// `None` before any replica has been sampled twice.
+    pub demand: Option<Demand>,
+    pub mix: Mix,
+    pub objectives: &'a Objectives,
+    pub limits: &'a Limits,
+}
+
 /// Decides how many replicas a service should have and how their dials should stand.
 ///
 /// Deterministic: the same observations with the same memory give the same decisions. Never
-/// panics, whatever the numbers are, and never leaves `limits`.
+/// panics, whatever the numbers are, and never leaves `limits`. Meant to be called every 2 s or
+/// so; more seldom is worse but safe.
 pub fn decide(
     observation: &Observation,
-    _objectives: &Objectives,
+    objectives: &Objectives,
     limits: &Limits,
     memory: &mut Memory,
 ) -> Decision {
-    let dials = memory.dials.unwrap_or(Dials {
-        max_num_seqs: limits.max_num_seqs.initial,
-        max_num_batched_tokens: limits.max_num_batched_tokens.initial,
-    });
-    let replicas = memory
-        .replicas
-        .unwrap_or(observation.desired_replicas)
-        .min(limits.max_replicas)
-        .max(limits.min_replicas);
+    // 1. What is known: pods, samples, load.
+    let since = observation.now - memory.decided_at;
+    let now = memory.resume(observation.now);
+    let census = Census::new(observation, now);
+    memory.tracks.observe(observation, now);
+    let demand = demand::measure(&memory.tracks, &census, memory.mix);
+    if let Some(demand) = &demand {
+        memory.remember_mix(demand, since);
+    }
+    let known = memory.mix.unwrap_or(Mix::UNKNOWN);
+    let scene = Scene {
+        now,
+        census,
+        mix: demand.as_ref().map_or(known, |demand| demand.mix),
+        demand,
+        objectives,
+        limits,
+    };
+
+    // 2. What is in force.
+    let current = replicas::in_force(memory, observation.desired_replicas, limits, now);
+    let before = match memory.dials {
+        Some(dials) => dials::bounded(dials, limits),
+        None => dials::initial(limits),
+    };
+
+    // 3. Dials from the law.
+    let tuned = tune::tune(&scene, before, memory);
+    let mut facts = reason::Facts {
+        scene: &scene,
+        capacity: tuned.capacity,
+        need: Need::default(),
+        extra: memory.misses.extra,
+        dials: tuned.dials,
+        moved_from: (tuned.dials != before).then_some(before),
+        hopeless: tuned.hopeless,
+    };
+
+    // 4. Replicas from demand.
+    let heard = !scene.census.sampled.is_empty();
+    let (replicas, reason) = match scene.demand.as_ref().filter(|_| heard) {
+        Some(demand) => {
+            let need = replicas::need(
+                demand,
+                tuned.capacity,
+                tuned.dials.max_num_seqs,
+                scene.census.ready(),
+                memory.misses.extra,
+            );
+            let moved_at = memory.motion.last();
+            let misses = &mut memory.misses;
+            replicas::learn_from_misses(&scene, demand, tuned.capacity, need, misses, moved_at);
+            let plan = replicas::plan(&scene, demand, need, current, memory);
+            facts.need = need;
+            (plan.replicas(), facts.of(plan, demand))
+        }
+        None => {
+            memory.misses.shortage_at = now;
+            (current, facts.no_data())
+        }
+    };
+
     memory.replicas = Some(replicas);
-    memory.dials = Some(dials);
+    memory.dials = Some(tuned.dials);
     Decision {
         replicas,
-        dials,
-        overrides: BTreeMap::new(),
-        reason: Reason {
-            code: ReasonCode::NoData,
-            message: "No replica has given two samples yet.".to_owned(),
-        },
-        load: None,
+        dials: tuned.dials,
+        overrides: tuned.overrides,
+        reason,
+        load: scene.demand.map(|demand| demand.load),
     }
 }

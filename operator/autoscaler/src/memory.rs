@@ -1,10 +1,22 @@
 //! What the policy remembers between two calls.
 
-use serde::{Deserialize, Serialize};
+use std::collections::{BTreeMap, VecDeque};
 
+use serde::{Deserialize, Serialize};
+use stoker_law::Law;
+
+use crate::demand::Demand;
+use crate::dials::Motion;
+use crate::fleet::Tracks;
+use crate::model::Mix;
 use crate::observation::Dials;
 
-/// Carried from one call of [`crate::decide`] to the next by the caller, who may store it as JSON.
+/// Seconds without a call after which nothing is known to have lasted.
+const GAP: f64 = 30.0;
+
+/// Carried from one call of [`crate::decide`] to the next by the caller, who may store it as JSON
+/// (under 2 KB): recent samples are left out, so that after a restart rates are measured anew while
+/// everything stays as it is.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct Memory {
@@ -12,15 +24,189 @@ pub struct Memory {
     pub dials: Option<Dials>,
     /// Replicas that were last asked for; `None` before the first decision.
     pub replicas: Option<u32>,
+    /// When the last decision was made.
+    pub(crate) decided_at: f64,
+    pub(crate) mix: Option<Mix>,
+    pub(crate) fleet: Option<Known>,
+    pub(crate) motion: Motion,
+    pub(crate) low: Low,
+    pub(crate) raised_at: Option<f64>,
+    pub(crate) lowered_at: Option<f64>,
+    pub(crate) misses: Misses,
+
+    /// The dials were set by somebody who knew more: they stay until the mix is known again.
+    pub(crate) inherited: bool,
+
+    #[serde(skip)]
+    pub(crate) tracks: Tracks,
+    /// Own dials of unlike replicas.
+    #[serde(skip)]
+    pub(crate) own: BTreeMap<String, (Dials, Motion)>,
+    /// The need that the last call saw.
+    #[serde(skip)]
+    pub(crate) last_need: Option<u32>,
+    /// Since when the Deployment is asked for something else than was decided.
+    #[serde(skip)]
+    pub(crate) differs_since: Option<f64>,
+}
+
+/// The fleet's law and memory as they were last known.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub(crate) struct Known {
+    pub law: Law,
+    pub kv_capacity_tokens: u64,
+    pub ceilings: Dials,
+}
+
+/// Replicas that misses ask for beyond what the law predicts.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub(crate) struct Misses {
+    pub extra: u32,
+    pub changed_at: f64,
+    /// When replicas or samples were last lacking.
+    pub shortage_at: f64,
+}
+
+/// How many replicas were needed over the stabilization time, as the maxima of a few slots.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub(crate) struct Low {
+    slots: VecDeque<(f64, u32)>,
+}
+
+impl Low {
+    pub fn note(&mut self, now: f64, needed: u32, stabilization: f64) {
+        match self.slots.back_mut() {
+            Some((start, most)) if now - *start < stabilization / 12.0 => *most = needed.max(*most),
+            _ => self.slots.push_back((now, needed)),
+        }
+        while (self.slots.get(1)).is_some_and(|(start, _)| now - start >= stabilization) {
+            self.slots.pop_front();
+        }
+        // Slots can't be more than this however the clock jumps.
+        while self.slots.len() > 20 {
+            self.slots.pop_front();
+        }
+    }
+
+    /// For how many seconds no more than `replicas` have been needed.
+    pub fn lasted(&self, now: f64, replicas: u32) -> f64 {
+        let above = self.slots.iter().rposition(|(_, most)| *most > replicas);
+        let since = match above {
+            None => self.slots.front(),
+            Some(i) => self.slots.get(i + 1),
+        };
+        since.map_or(0.0, |(start, _)| (now - start).max(0.0))
+    }
+
+    pub fn forget(&mut self) {
+        self.slots.clear();
+    }
 }
 
 impl Memory {
     /// The memory of an operator that was restarted without a stored one: it knows from the
     /// object's status what was last asked for, so that it doesn't start from the initial dials.
-    pub fn seeded(desired_replicas: u32, dials: Option<Dials>, _now: f64) -> Self {
+    pub fn seeded(desired_replicas: u32, dials: Option<Dials>, now: f64) -> Self {
         Memory {
             dials,
             replicas: Some(desired_replicas),
+            inherited: dials.is_some(),
+            decided_at: if now.is_finite() { now } else { 0.0 },
+            ..Memory::default()
         }
+    }
+
+    /// The mix that is known while few requests come: it follows within a minute.
+    pub(crate) fn remember_mix(&mut self, demand: &Demand, seconds: f64) {
+        if !demand.mix_known {
+            return;
+        }
+        let share = if seconds.is_finite() {
+            (seconds / 60.0).clamp(0.0, 1.0)
+        } else {
+            0.0
+        };
+        self.mix = Some(match self.mix {
+            None => demand.mix,
+            Some(old) => old.towards(demand.mix, share),
+        });
+    }
+
+    /// Brings the memory to the present and returns it: what wasn't watched isn't known to have
+    /// lasted, and a clock that went back by far makes every time meaningless.
+    pub(crate) fn resume(&mut self, now: f64) -> f64 {
+        let before = self.decided_at;
+        let now = if now.is_finite() { now } else { before };
+        let first = before == 0.0;
+        let now = if now < before && before - now < GAP {
+            before
+        } else {
+            now
+        };
+        if first || now < before {
+            self.motion = Motion::default();
+            self.raised_at = None;
+            self.lowered_at = None;
+            self.misses.changed_at = now;
+            self.misses.shortage_at = now;
+            self.tracks = Tracks::default();
+            self.differs_since = None;
+            self.low.forget();
+        } else if now - before > GAP {
+            self.misses.shortage_at = now;
+            self.low.forget();
+        }
+        self.decided_at = now;
+        now
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn low_demand_must_have_lasted() {
+        let mut low = Low::default();
+        for i in 0..=20 {
+            let now = f64::from(i) * 2.0;
+            low.note(now, if i < 5 { 4 } else { 2 }, 60.0);
+        }
+        assert_eq!(low.lasted(40.0, 4), 40.0);
+        assert_eq!(low.lasted(40.0, 3), 28.0);
+        assert_eq!(low.lasted(40.0, 1), 0.0);
+        low.note(42.0, 3, 60.0);
+        assert_eq!(low.lasted(42.0, 2), 0.0);
+    }
+
+    #[test]
+    fn a_gap_or_a_clock_gone_back_makes_low_demand_unknown() {
+        for later in [1000.0 + GAP + 1.0, 100.0, f64::NAN] {
+            let mut memory = Memory::seeded(4, None, 900.0);
+            memory.resume(1000.0);
+            memory.low.note(1000.0, 1, 30.0);
+            let now = memory.resume(later);
+            assert!(now.is_finite());
+            let lasted = memory.low.lasted(now, 1);
+            assert_eq!(lasted, 0.0);
+        }
+    }
+
+    #[test]
+    fn the_stored_form_is_small_and_brings_the_decisions_back() {
+        let mut memory = Memory::seeded(4, None, 900.0);
+        for i in 0..1000 {
+            memory.low.note(1000.0 + f64::from(i), 3, 300.0);
+        }
+        memory.mix = Some(Mix::UNKNOWN);
+        let stored = serde_json::to_string(&memory).unwrap();
+        assert!(stored.len() < 2048, "{}", stored.len());
+        assert_eq!(serde_json::from_str::<Memory>(&stored).unwrap(), memory);
+        assert_eq!(
+            serde_json::from_str::<Memory>("{}").unwrap(),
+            Memory::default()
+        );
     }
 }

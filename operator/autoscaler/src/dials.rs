@@ -1,0 +1,213 @@
+//! The two dials from the law.
+
+use crate::model::{Capacity, ReplicaModel};
+use crate::observation::{DialRange, Dials, Limits};
+
+/// A dial that would move by less than this share stays where it is.
+const DEAD_BAND: f64 = 0.1;
+/// A budget is kept while it is worth at least this share of the best one.
+const GOOD_ENOUGH: f64 = 0.97;
+/// Among budgets worth this share of the best one the smallest is taken: it has the shortest steps.
+const AS_GOOD: f64 = 0.99;
+/// Seconds before a dial may go back on its last move.
+const BEFORE_REVERSAL: f64 = 60.0;
+/// Before load asks for more, the cap goes no further than this multiple of its initial value: the
+/// law is sure about what the replica has tried, not about a hundred times as much.
+const UNASKED: u32 = 4;
+
+/// The last move of each dial: when, and whether upwards.
+#[derive(Clone, Copy, Debug, Default, PartialEq, serde::Serialize, serde::Deserialize)]
+#[serde(default)]
+pub(crate) struct Motion {
+    cap: Option<(f64, bool)>,
+    budget: Option<(f64, bool)>,
+}
+
+impl Motion {
+    /// When a dial moved last.
+    pub fn last(&self) -> Option<f64> {
+        let times = [self.cap, self.budget].into_iter().flatten();
+        times.map(|(at, _)| at).reduce(f64::max)
+    }
+}
+
+/// What both dials may be on a device with the given ceilings (0: it doesn't say).
+pub(crate) fn ranges(limits: &Limits, ceilings: Dials) -> (DialRange, DialRange) {
+    let range = |range: DialRange, ceiling: u32| {
+        let max = if ceiling == 0 {
+            range.max
+        } else {
+            range.max.min(ceiling)
+        };
+        let max = max.max(range.min).max(1);
+        let min = range.min.clamp(1, max);
+        DialRange {
+            min,
+            max,
+            initial: range.initial.max(min).min(max),
+        }
+    };
+    (
+        range(limits.max_num_seqs, ceilings.max_num_seqs),
+        range(
+            limits.max_num_batched_tokens,
+            ceilings.max_num_batched_tokens,
+        ),
+    )
+}
+
+/// The dials before anything is known.
+pub(crate) fn initial(limits: &Limits) -> Dials {
+    bounded(
+        Dials {
+            max_num_seqs: limits.max_num_seqs.initial,
+            max_num_batched_tokens: limits.max_num_batched_tokens.initial,
+        },
+        limits,
+    )
+}
+
+/// The same dials within limits; where a range is empty its lower end wins.
+pub(crate) fn bounded(dials: Dials, limits: &Limits) -> Dials {
+    let bound = |x: u32, range: &DialRange| x.min(range.max).max(range.min);
+    Dials {
+        max_num_seqs: bound(dials.max_num_seqs, &limits.max_num_seqs),
+        max_num_batched_tokens: bound(dials.max_num_batched_tokens, &limits.max_num_batched_tokens),
+    }
+}
+
+/// How far two settings differ, as the larger of both dials' relative differences.
+pub(crate) fn distance(a: Dials, b: Dials) -> f64 {
+    let apart = |x: u32, y: u32| (f64::from(x) - f64::from(y)).abs() / f64::from(y.max(1));
+    apart(a.max_num_seqs, b.max_num_seqs)
+        .max(apart(a.max_num_batched_tokens, b.max_num_batched_tokens))
+}
+
+/// Whether a step from one setting to the other is one that people would call a move.
+pub(crate) fn alike(a: Dials, b: Dials) -> bool {
+    distance(a, b) < DEAD_BAND
+}
+
+/// What the law allows: dials, and what they carry.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Choice {
+    pub dials: Dials,
+    pub capacity: Capacity,
+}
+
+impl Choice {
+    /// What a setting is worth: the geometric mean of the requests a second that it carries within
+    /// all objectives and of those that it serves when saturated, still within the inter-token
+    /// one, for the dials must also do when replicas are late or lacking.
+    fn worth(&self) -> f64 {
+        (self.capacity.rate * self.capacity.saturated_rate).sqrt()
+    }
+}
+
+fn choice(model: &ReplicaModel, budget: u32, caps: DialRange) -> Option<Choice> {
+    let cap = model.cap(budget, caps.max);
+    if cap == 0 {
+        return None;
+    }
+    let dials = Dials {
+        max_num_seqs: cap.max(caps.min),
+        max_num_batched_tokens: budget,
+    };
+    let capacity = model.capacity(dials)?;
+    Some(Choice { dials, capacity })
+}
+
+/// The best dials by the law alone, or `current`'s budget while that is nearly as good; `None`
+/// where not even one sequence keeps the objective.
+pub(crate) fn best(
+    model: &ReplicaModel,
+    (caps, budgets): (DialRange, DialRange),
+    current: Dials,
+) -> Option<Choice> {
+    let choices: Vec<Choice> = (candidates(budgets))
+        .filter_map(|budget| choice(model, budget, caps))
+        .collect();
+    let most = choices.iter().map(Choice::worth).fold(0.0, f64::max);
+    let kept = choice(model, current.max_num_batched_tokens, caps);
+    let kept = kept.filter(|c| c.worth() >= GOOD_ENOUGH * most && model.keeps(c.dials));
+    kept.or_else(|| choices.into_iter().find(|c| c.worth() >= AS_GOOD * most))
+}
+
+/// Budgets to try, ascending: 32 tokens apart at first, then a sixteenth.
+fn candidates(range: DialRange) -> impl Iterator<Item = u32> {
+    let (min, max) = (u64::from(range.min), u64::from(range.max));
+    let mut next = Some(min);
+    std::iter::from_fn(move || {
+        let budget = next?;
+        let step = (budget / 16 / 32 * 32).max(32);
+        let above = (budget + step) / 32 * 32;
+        next = (budget < max).then(|| above.min(max));
+        u32::try_from(budget).ok()
+    })
+}
+
+/// The cap that follows load: what the law allows, but not far above what has been asked for.
+/// `peak` is the most requests that one replica had running or waiting of late.
+pub(crate) fn following(allowed: u32, peak: u32, current: u32, caps: DialRange) -> u32 {
+    let asked = peak.saturating_mul(2).checked_next_power_of_two();
+    let unasked = caps.initial.saturating_mul(UNASKED);
+    let wanted = asked.unwrap_or(u32::MAX).max(unasked);
+    // A smaller peak gives room back in one large step, or when all is quiet.
+    let wanted = if wanted < current && peak > 0 && wanted.saturating_mul(4) > current {
+        current
+    } else {
+        wanted
+    };
+    allowed.min(wanted).max(caps.min)
+}
+
+/// The dials to use from now on: what the law allows and load asks for, without small moves and
+/// without going back on a recent one; and what a replica carries with all that the law allows.
+/// `None` where no dials keep the objective.
+pub(crate) fn settled(
+    model: &ReplicaModel,
+    (caps, budgets): (DialRange, DialRange),
+    current: Dials,
+    peak: u32,
+    now: f64,
+    motion: &mut Motion,
+) -> Option<Choice> {
+    let best = best(model, (caps, budgets), current)?;
+    // Moves that the objective is broken without, as by a mix that has changed.
+    let urgent = !model.keeps(current);
+    let budget = turn(
+        current.max_num_batched_tokens,
+        best.dials.max_num_batched_tokens,
+        urgent,
+        now,
+        &mut motion.budget,
+    );
+    // Where the budget stays a little off the best one, the cap goes with the budget in force.
+    let best = choice(model, budget, caps).unwrap_or(best);
+    let cap = turn(
+        current.max_num_seqs,
+        following(best.dials.max_num_seqs, peak, current.max_num_seqs, caps),
+        urgent,
+        now,
+        &mut motion.cap,
+    );
+    // A current value may lie outside of a range that has just changed.
+    let bound = |x: u32, range: DialRange| x.min(range.max).max(range.min);
+    let dials = Dials {
+        max_num_seqs: bound(cap, caps),
+        max_num_batched_tokens: bound(budget, budgets),
+    };
+    let capacity = best.capacity;
+    Some(Choice { dials, capacity })
+}
+
+fn turn(current: u32, wanted: u32, urgent: bool, now: f64, last: &mut Option<(f64, bool)>) -> u32 {
+    let change = (f64::from(wanted) - f64::from(current)).abs() / f64::from(current.max(1));
+    let upwards = wanted > current;
+    let reverses = last.is_some_and(|(at, up)| up != upwards && now - at < BEFORE_REVERSAL);
+    if change < DEAD_BAND || (reverses && (upwards || !urgent)) {
+        return current;
+    }
+    *last = Some((now, upwards));
+    wanted
+}

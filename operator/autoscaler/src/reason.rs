@@ -1,0 +1,209 @@
+//! One sentence with its numbers, for a person who was woken up.
+
+use crate::Scene;
+use crate::decision::{Reason, ReasonCode};
+use crate::demand::Demand;
+use crate::model::Capacity;
+use crate::observation::Dials;
+use crate::replicas::{Need, Plan};
+
+/// What a sentence may be about.
+pub(crate) struct Facts<'a> {
+    pub scene: &'a Scene<'a>,
+    pub capacity: Option<Capacity>,
+    pub need: Need,
+    pub extra: u32,
+    pub dials: Dials,
+    /// The dials before, where they moved.
+    pub moved_from: Option<Dials>,
+    /// No dials keep the inter-token objective: seconds of the smallest step, and the objective.
+    pub hopeless: Option<(f64, f64)>,
+}
+
+impl Facts<'_> {
+    /// Nothing is known of the load.
+    pub fn no_data(&self) -> Reason {
+        let census = &self.scene.census;
+        if census.ready() == 0 && census.unschedulable > 0 {
+            let message = format!(
+                "No replica is ready: {} without a node that has a free accelerator, {} starting.",
+                replicas(census.unschedulable),
+                census.starting
+            );
+            return reason(ReasonCode::WaitingForAccelerator, message);
+        }
+        let message = if census.ready() == 0 {
+            format!("No replica is ready yet: {} starting.", census.starting)
+        } else if census.sampled.is_empty() {
+            format!(
+                "None of {} ready {} has given a sound sample within 10 s: everything stays as it is.",
+                census.ready(),
+                if census.ready() == 1 {
+                    "replica"
+                } else {
+                    "replicas"
+                }
+            )
+        } else {
+            "Two samples of a replica are needed to know the load: replicas stay as they are."
+                .to_owned()
+        };
+        match self.moved_from {
+            Some(from) => reason(ReasonCode::DialsMoved, self.moved(from)),
+            None => reason(ReasonCode::NoData, message),
+        }
+    }
+
+    pub fn of(&self, plan: Plan, demand: &Demand) -> Reason {
+        let census = &self.scene.census;
+        let (code, mut message) = match plan {
+            Plan::Raise { from, to } => (
+                ReasonCode::ScaleUp,
+                format!(
+                    "From {from} to {}: {}{}{}.",
+                    replicas(to),
+                    self.load(demand),
+                    self.one_carries(),
+                    self.for_misses()
+                ),
+            ),
+            Plan::Lower { from, to } => (
+                ReasonCode::ScaleDown,
+                format!(
+                    "From {from} to {}: {} has needed no more for {:.0} s{}.",
+                    replicas(to),
+                    self.load(demand),
+                    self.scene.limits.scale_down_stabilization_seconds,
+                    self.one_carries()
+                ),
+            ),
+            Plan::KeepUnschedulable(_) => (
+                ReasonCode::WaitingForAccelerator,
+                format!(
+                    "{} without a node that has a free accelerator: {} ready and the dials \
+                     ({}) carry {} alone; {} needed.",
+                    replicas(census.unschedulable),
+                    replicas(census.ready()),
+                    dials(self.dials),
+                    self.load(demand),
+                    self.need.up
+                ),
+            ),
+            Plan::KeepAtMax(at) => (
+                ReasonCode::AtMaxReplicas,
+                format!(
+                    "{} needs {}, but maxReplicas is {at}: the dials ({}) carry the rest{}.",
+                    self.load(demand),
+                    replicas(self.need.up),
+                    dials(self.dials),
+                    self.one_carries()
+                ),
+            ),
+            Plan::KeepStabilizing {
+                replicas: n,
+                seconds_left,
+            } => (
+                ReasonCode::Stabilizing,
+                format!(
+                    "{} would do for {}, {n} are kept for {seconds_left} s more.",
+                    replicas(self.need.down.max(self.scene.limits.min_replicas).max(1)),
+                    self.load(demand)
+                ),
+            ),
+            Plan::Keep(n) => match self.moved_from {
+                Some(from) => (ReasonCode::DialsMoved, self.moved(from)),
+                None => (
+                    ReasonCode::Steady,
+                    format!(
+                        "{} {} {}{}{}.",
+                        replicas(n),
+                        if n == 1 { "carries" } else { "carry" },
+                        self.load(demand),
+                        self.one_carries(),
+                        self.for_misses()
+                    ),
+                ),
+            },
+        };
+        if census.silent > 0 {
+            message.push_str(&format!(
+                " {} of {} ready gave no sound sample: nothing is scaled down meanwhile.",
+                census.silent,
+                census.ready()
+            ));
+        }
+        if let Some((smallest, objective)) = self.hopeless {
+            message.push_str(&format!(
+                " One sequence alone takes {:.0} ms a token, the objective is {:.0} ms: no dials \
+                 can keep it.",
+                smallest * 1e3,
+                objective * 1e3
+            ));
+        }
+        Reason { code, message }
+    }
+
+    fn load(&self, demand: &Demand) -> String {
+        let mix = demand.mix;
+        let mut text = format!("{} requests/s", rate(demand.load.requests_per_second));
+        if !demand.idle && demand.mix_known {
+            text.push_str(&format!(" of {:.0} + {:.0} tokens", mix.prompt, mix.output));
+        }
+        if demand.load.waiting > 0 {
+            text.push_str(&format!(" and {} waiting", demand.load.waiting));
+        }
+        text
+    }
+
+    fn one_carries(&self) -> String {
+        match self.capacity {
+            Some(one) => format!("; one carries {}/s within its objectives", rate(one.rate)),
+            None => "; no replica's step-time law is trusted yet".to_owned(),
+        }
+    }
+
+    fn for_misses(&self) -> String {
+        match self.extra {
+            0 => String::new(),
+            n => format!("; {n} more for objectives missed against the prediction"),
+        }
+    }
+
+    fn moved(&self, from: Dials) -> String {
+        let context = (self.scene.demand.as_ref()).map_or(String::new(), |demand| {
+            format!(" at {:.0} tokens of context", demand.mix.context)
+        });
+        format!(
+            "The step-time law allows {}{context} (before: {}).",
+            dials(self.dials),
+            dials(from)
+        )
+    }
+}
+
+fn reason(code: ReasonCode, message: String) -> Reason {
+    Reason { code, message }
+}
+
+fn replicas(n: u32) -> String {
+    match n {
+        1 => "1 replica".to_owned(),
+        n => format!("{n} replicas"),
+    }
+}
+
+fn dials(dials: Dials) -> String {
+    format!(
+        "cap {}, budget {}",
+        dials.max_num_seqs, dials.max_num_batched_tokens
+    )
+}
+
+/// Three significant figures.
+fn rate(x: f64) -> String {
+    match x {
+        x if x >= 100.0 => format!("{x:.0}"),
+        x if x >= 10.0 => format!("{x:.1}"),
+        _ => format!("{x:.2}"),
+    }
+}

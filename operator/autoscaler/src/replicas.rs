@@ -1,0 +1,232 @@
+//! How many replicas: up fast, down one at a time after a proof.
+
+use crate::Scene;
+use crate::demand::Demand;
+use crate::memory::{Memory, Misses};
+use crate::model::Capacity;
+use crate::observation::Limits;
+
+/// Share of its capacity that a replica is planned to use: the rest is for bursts.
+const PLANNED: f64 = 0.85;
+/// The same for the replicas that would be left after a scale-down.
+const PLANNED_AFTER: f64 = 0.7;
+/// Without a law, the share of the cap that may be in use.
+const PLANNED_CAP: f64 = 0.7;
+/// Seconds between two orders for more.
+const BETWEEN_RAISES: f64 = 10.0;
+/// Seconds after a shortage in which misses teach nothing: requests that began in it still end.
+const AFTERMATH: f64 = 90.0;
+/// Seconds after which a replica that misses asked for is given up again.
+const EXTRA_KEPT: f64 = 900.0;
+/// Least seconds between two steps down.
+const BETWEEN_STEPS: f64 = 10.0;
+
+/// Replicas that the load needs.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Need {
+    /// To order: demand that is sure.
+    pub up: u32,
+    /// To keep: demand that may be. Never less than `up`.
+    pub down: u32,
+}
+
+/// `capacity` is a replica's by the law; without one the cap in force is what counts.
+pub(crate) fn need(
+    demand: &Demand,
+    capacity: Option<Capacity>,
+    cap: u32,
+    ready: u32,
+    extra: u32,
+) -> Need {
+    let whole = |x: f64| (x - 1e-9).ceil().max(0.0) as u32;
+    let (up, down) = match capacity {
+        Some(one) => {
+            let rate_up = demand.rate_up + demand.backlog_rate;
+            let rate_down = demand.rate_down + demand.backlog_rate;
+            let by_rate = whole(rate_up / (PLANNED * one.rate));
+            // Clients that wait for an answer before they ask again slow down with the fleet: what
+            // is in flight tells of demand that the rate doesn't. An open queue looks the same and
+            // asks for far too much, so each look adds half at most.
+            let by_in_flight = whole(demand.in_flight_up / one.in_flight);
+            let most = by_rate.max(ready);
+            let up = by_rate.max(by_in_flight.min(most.saturating_add(most.div_ceil(2)).max(1)));
+            let down = whole(rate_down / (PLANNED_AFTER * one.rate))
+                .max(whole(demand.in_flight_down / (PLANNED * one.in_flight)));
+            (up, down)
+        }
+        None => {
+            let one = PLANNED_CAP * f64::from(cap.max(1));
+            (
+                whole(demand.in_flight_up / one),
+                whole(demand.in_flight_down / one),
+            )
+        }
+    };
+    if demand.idle {
+        return Need::default();
+    }
+    let up = up.saturating_add(extra);
+    Need {
+        up,
+        down: down.saturating_add(extra).max(up),
+    }
+}
+
+/// Asks for one more while requests miss their objectives although the law says that all is well:
+/// the law, the mix or the routing is worse than believed.
+pub(crate) fn learn_from_misses(
+    scene: &Scene,
+    demand: &Demand,
+    capacity: Option<Capacity>,
+    need: Need,
+    misses: &mut Misses,
+    dials_moved_at: Option<f64>,
+) {
+    let (census, now) = (&scene.census, scene.now);
+    if demand.idle {
+        misses.extra = 0;
+    }
+    let settled = dials_moved_at.is_none_or(|at| now - at >= AFTERMATH);
+    if need.up > census.ready() || census.unschedulable > 0 || !census.complete() || !settled {
+        misses.shortage_at = now;
+    }
+    let Some(one) = capacity.filter(|_| now - misses.shortage_at >= AFTERMATH) else {
+        return;
+    };
+    let ended = demand.good + demand.missed;
+    let allowed = ended * (1.0 - scene.objectives.good_percent.clamp(0.0, 100.0) / 100.0);
+    let ready = f64::from(census.ready());
+    // Where replicas are nearly idle more of them won't help.
+    let used = demand.rate_up / (ready * one.rate).max(1e-9);
+    let most = need.up.saturating_sub(misses.extra).div_ceil(2).max(1);
+    if ended >= 20.0 && demand.missed > allowed + 2.0 * allowed.max(1.0).sqrt() {
+        if used >= 0.3 && misses.extra < most {
+            misses.extra += 1;
+            misses.changed_at = now;
+        }
+    } else if misses.extra > 0 && now - misses.changed_at >= EXTRA_KEPT {
+        misses.extra -= 1;
+        misses.changed_at = now;
+    }
+}
+
+/// What is done about the replicas, and why.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Plan {
+    Raise {
+        from: u32,
+        to: u32,
+    },
+    Lower {
+        from: u32,
+        to: u32,
+    },
+    Keep(u32),
+    /// Some pods find no node: no more are ordered.
+    KeepUnschedulable(u32),
+    KeepAtMax(u32),
+    /// Fewer would do, but it hasn't been so for long enough.
+    KeepStabilizing {
+        replicas: u32,
+        seconds_left: u32,
+    },
+}
+
+impl Plan {
+    pub fn replicas(self) -> u32 {
+        match self {
+            Plan::Raise { to, .. } | Plan::Lower { to, .. } => to,
+            Plan::Keep(replicas)
+            | Plan::KeepUnschedulable(replicas)
+            | Plan::KeepAtMax(replicas)
+            | Plan::KeepStabilizing { replicas, .. } => replicas,
+        }
+    }
+}
+
+/// Within the limits; where they contradict each other the lower one wins.
+pub(crate) fn bounded(replicas: u32, limits: &Limits) -> u32 {
+    replicas.min(limits.max_replicas).max(limits.min_replicas)
+}
+
+/// Replicas that were asked for. What the Deployment is asked for lags behind by a moment; where
+/// it stays different, somebody else decided meanwhile, and that is where we go on from.
+pub(crate) fn in_force(memory: &mut Memory, observed: u32, limits: &Limits, now: f64) -> u32 {
+    let asked = memory.replicas.unwrap_or(observed);
+    if asked == observed {
+        memory.differs_since = None;
+    } else {
+        let since = *memory.differs_since.get_or_insert(now);
+        if now - since > 30.0 {
+            memory.differs_since = None;
+            return bounded(observed, limits);
+        }
+    }
+    bounded(asked, limits)
+}
+
+pub(crate) fn plan(
+    scene: &Scene,
+    demand: &Demand,
+    need: Need,
+    current: u32,
+    memory: &mut Memory,
+) -> Plan {
+    let (census, limits, now) = (&scene.census, scene.limits, scene.now);
+    let stabilization = match limits.scale_down_stabilization_seconds {
+        s if s.is_finite() => s.clamp(0.0, 86_400.0),
+        _ => 300.0,
+    };
+    memory.low.note(now, need.down, stabilization);
+    let before = memory.last_need.replace(need.up);
+    // One odd look isn't enough to order anything.
+    let sure = bounded(need.up.min(before.unwrap_or(0)), limits);
+    // Without a replica nobody could tell of demand.
+    let floor = bounded(limits.min_replicas.max(1), limits);
+
+    if sure.max(floor) > current {
+        if census.unschedulable > 0 {
+            return Plan::KeepUnschedulable(current);
+        }
+        let step = current.saturating_mul(2).max(current.saturating_add(2));
+        let to = bounded(sure.max(floor).min(step), limits);
+        let recent = memory.raised_at.is_some_and(|at| now - at < BETWEEN_RAISES);
+        if to > current && !recent {
+            memory.raised_at = Some(now);
+            return Plan::Raise { from: current, to };
+        }
+        return Plan::Keep(current);
+    }
+    if census.unschedulable > 0 && census.ready() + census.starting < need.up.max(floor) {
+        return Plan::KeepUnschedulable(current);
+    }
+    if need.up > current && current >= limits.max_replicas {
+        return Plan::KeepAtMax(current);
+    }
+    if need.down.max(floor) >= current || !census.complete() || census.ready() == 0 {
+        return Plan::Keep(current);
+    }
+    // The first step waits for the stabilization time, the next ones for as long as the fleet
+    // needs to show how it bears the last.
+    let pause = if demand.idle {
+        stabilization / 6.0
+    } else {
+        stabilization / 2.0
+    };
+    let pause = pause.max(BETWEEN_STEPS).min(stabilization.max(1.0));
+    let since = |at: Option<f64>| at.map_or(f64::INFINITY, |at| now - at);
+    let left = (stabilization - memory.low.lasted(now, current - 1))
+        .max(stabilization - since(memory.raised_at))
+        .max(pause - since(memory.lowered_at));
+    if left > 0.0 {
+        return Plan::KeepStabilizing {
+            replicas: current,
+            seconds_left: left.ceil() as u32,
+        };
+    }
+    memory.lowered_at = Some(now);
+    Plan::Lower {
+        from: current,
+        to: bounded(current - 1, limits),
+    }
+}

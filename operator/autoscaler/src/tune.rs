@@ -1,0 +1,142 @@
+//! Dials for the fleet and for replicas that are unlike it.
+
+use std::collections::BTreeMap;
+
+use crate::Scene;
+use crate::dials::{self, Choice, Motion};
+use crate::laws;
+use crate::memory::{Known, Memory};
+use crate::model::{self, Capacity, ReplicaModel};
+use crate::observation::{Dials, Sample};
+
+/// What the laws say.
+pub(crate) struct Tuned {
+    pub dials: Dials,
+    pub overrides: BTreeMap<String, Dials>,
+    /// Of a mean replica, where a law is known.
+    pub capacity: Option<Capacity>,
+    /// Where no dials keep the inter-token objective: seconds of the smallest step, and the
+    /// objective.
+    pub hopeless: Option<(f64, f64)>,
+}
+
+pub(crate) fn tune(scene: &Scene, before: Dials, memory: &mut Memory) -> Tuned {
+    let trusted = laws::trusted(&scene.census);
+    let now_known = laws::typical(&trusted, scene.mix, *scene.objectives, before, memory.fleet);
+    memory.fleet = now_known.or(memory.fleet);
+    let mut tuned = Tuned {
+        dials: before,
+        overrides: BTreeMap::new(),
+        capacity: None,
+        hopeless: None,
+    };
+    let Some(fleet) = memory.fleet.filter(|known| model::usable(&known.law)) else {
+        return tuned;
+    };
+    let model = model_of(scene, fleet);
+    memory.inherited &= !scene.demand.as_ref().is_some_and(|d| d.mix_known)
+        && before != dials::initial(scene.limits);
+    if now_known.is_none() || memory.inherited {
+        // A stored law or a guessed mix says what a replica carries, but moves nothing.
+        tuned.capacity = model.capacity(before);
+    } else {
+        let samples = scene.census.sampled.iter().map(|(_, sample)| *sample);
+        let busiest = samples.max_by_key(|sample| in_flight(sample));
+        let motion = &mut memory.motion;
+        match settled(scene, &model, fleet, before, busiest, motion) {
+            Some(choice) => {
+                tuned.dials = dials::bounded(choice.dials, scene.limits);
+                tuned.capacity = Some(choice.capacity);
+            }
+            None => {
+                tuned.dials = dials::initial(scene.limits);
+                tuned.capacity = model.capacity(tuned.dials);
+                tuned.hopeless = Some((model.step_seconds(1.0, 1.0), scene.objectives.itl_seconds));
+            }
+        }
+    }
+    let own = own_dials(scene, &trusted, fleet, &mut tuned, memory);
+    if let Some(one) = &mut tuned.capacity {
+        *one = mean(*one, &own, scene.census.ready());
+    }
+    tuned
+}
+
+/// Gives unlike replicas dials of their own, and returns what these carry.
+fn own_dials(
+    scene: &Scene,
+    trusted: &[(&crate::Replica, &Sample)],
+    fleet: Known,
+    tuned: &mut Tuned,
+    memory: &mut Memory,
+) -> Vec<Capacity> {
+    let mut before = std::mem::take(&mut memory.own);
+    let mut carried = Vec::new();
+    for (replica, sample) in trusted {
+        let known = laws::known(sample);
+        if !laws::unlike(known, fleet, scene.mix, *scene.objectives, tuned.dials) {
+            continue;
+        }
+        let (was, mut motion) =
+            (before.remove(&replica.id)).unwrap_or((tuned.dials, Motion::default()));
+        let was = dials::bounded(was, scene.limits);
+        let model = model_of(scene, known);
+        let Some(choice) = settled(scene, &model, known, was, Some(sample), &mut motion) else {
+            continue;
+        };
+        let own = dials::bounded(choice.dials, scene.limits);
+        if !dials::alike(own, tuned.dials) {
+            tuned.overrides.insert(replica.id.clone(), own);
+        }
+        memory.own.insert(replica.id.clone(), (own, motion));
+        carried.push(choice.capacity);
+    }
+    carried
+}
+
+fn model_of(scene: &Scene, known: Known) -> ReplicaModel {
+    ReplicaModel::new(
+        known.law,
+        scene.mix,
+        *scene.objectives,
+        known.kv_capacity_tokens,
+    )
+}
+
+fn settled(
+    scene: &Scene,
+    model: &ReplicaModel,
+    known: Known,
+    before: Dials,
+    busiest: Option<&Sample>,
+    motion: &mut Motion,
+) -> Option<Choice> {
+    let lately = scene.demand.as_ref().map_or(0, |d| d.peak_in_flight);
+    let peak = busiest.map_or(0, in_flight).max(lately);
+    dials::settled(
+        model,
+        dials::ranges(scene.limits, known.ceilings),
+        before,
+        peak,
+        scene.now,
+        motion,
+    )
+}
+
+fn in_flight(sample: &Sample) -> u32 {
+    sample.running.saturating_add(sample.waiting)
+}
+
+/// What a replica carries on average, where some carry what is their own.
+fn mean(one: Capacity, own: &[Capacity], ready: u32) -> Capacity {
+    let unlike = own.len() as f64;
+    let all = f64::from(ready).max(unlike).max(1.0);
+    let mean = |of: fn(&Capacity) -> f64| {
+        ((all - unlike) * of(&one) + own.iter().map(of).sum::<f64>()) / all
+    };
+    Capacity {
+        rate: mean(|c| c.rate),
+        in_flight: mean(|c| c.in_flight),
+        saturated_rate: mean(|c| c.saturated_rate),
+    }
+}

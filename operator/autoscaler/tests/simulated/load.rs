@@ -1,0 +1,205 @@
+//! Loads that come and go.
+
+use stoker_autoscaler::{Dials, ReasonCode};
+
+use crate::fleet::{Clients, Fleet, Lengths, PERIOD, h100, limits};
+
+const CHAT: Lengths = Lengths {
+    prompt: 1000.0,
+    output: 130.0,
+    random: true,
+};
+const BENCH: Lengths = Lengths {
+    prompt: 200.0,
+    output: 100.0,
+    random: false,
+};
+
+fn budget(dials: Dials) -> u32 {
+    dials.max_num_batched_tokens
+}
+
+fn cap(dials: Dials) -> u32 {
+    dials.max_num_seqs
+}
+
+/// Share of the requests that were good within a stretch of time.
+fn good(fleet: &mut Fleet, seconds: f64, clients: impl Fn(f64) -> Clients) -> f64 {
+    let before = fleet.judged();
+    fleet.run(seconds, clients);
+    let after = fleet.judged();
+    100.0 * (after.0 - before.0) / (after.1 - before.1)
+}
+
+#[test]
+fn a_ramp_is_followed_up_and_down_to_the_minimum() {
+    let mut fleet = Fleet::on_t4(12, 30.0, CHAT);
+    fleet.run(30.0, |_| Clients::Open(0.0));
+    fleet.run(10.0, |_| Clients::Open(0.5));
+    let dials = fleet.last().decision.dials;
+    assert!((224..=352).contains(&budget(dials)), "{dials:?}");
+    assert!((24..=40).contains(&cap(dials)), "{dials:?}");
+
+    fleet.run(300.0, |t| Clients::Open(0.5 + 4.5 * t / 300.0));
+    fleet.run(60.0, |_| Clients::Open(5.0));
+    let share = good(&mut fleet, 240.0, |_| Clients::Open(5.0));
+    let at_peak = fleet.last().clone();
+    assert!(share >= 98.0, "{share} % good with {at_peak:?}");
+    assert!((3..=8).contains(&at_peak.ready), "{at_peak:?}");
+
+    fleet.run(300.0, |t| Clients::Open(5.0 - 4.5 * t / 300.0));
+    fleet.run(110.0, |_| Clients::Open(0.0));
+    assert_eq!(fleet.last().decision.replicas, 1, "{:?}", fleet.last());
+    assert!(fleet.reversals() <= 3, "{} reversals", fleet.reversals());
+    assert!(fleet.moves(budget) <= 4, "{} moves", fleet.moves(budget));
+    assert!(fleet.moves(cap) <= 8, "{} moves", fleet.moves(cap));
+}
+
+#[test]
+fn the_first_load_finds_its_dials_within_10_s() {
+    let mut fleet = Fleet::on_t4(4, 30.0, BENCH);
+    fleet.run(3.0, |_| Clients::Open(0.0));
+    fleet.run(10.0, |_| Clients::Closed(8));
+    let dials = fleet.last().decision.dials;
+    assert!(cap(dials) >= 32, "{dials:?}");
+    assert!((128..=352).contains(&budget(dials)), "{dials:?}");
+}
+
+#[test]
+fn a_spike_orders_several_at_once_and_is_over_when_it_is_over() {
+    let mut fleet = Fleet::on_t4(10, 60.0, CHAT);
+    fleet.run(120.0, |_| Clients::Open(0.8));
+    let before = fleet.last().decision.replicas;
+    fleet.run(30.0, |_| Clients::Open(4.8));
+    let during = fleet.last().decision.replicas;
+    assert!(during >= before + 3, "{before} -> {during}");
+    fleet.run(30.0, |_| Clients::Open(4.8));
+    fleet.run(600.0, |_| Clients::Open(0.8));
+    let after = fleet.last().decision.replicas;
+    assert!(after <= before + 1, "{before} -> {after}");
+    assert!(fleet.reversals() <= 3, "{} reversals", fleet.reversals());
+}
+
+#[test]
+fn steady_load_is_left_alone() {
+    for rate in [0.5, 1.5, 3.0] {
+        let mut fleet = Fleet::on_t4(10, 120.0, CHAT);
+        fleet.run(300.0, |_| Clients::Open(rate));
+        let warm = fleet.history.len();
+        let share = good(&mut fleet, 1800.0, |_| Clients::Open(rate));
+        fleet.history.drain(..warm);
+        assert!(
+            share >= 98.5,
+            "{share} % good at {rate}/s: {:?}",
+            fleet.last()
+        );
+        assert!(fleet.reversals() <= 4, "{} at {rate}/s", fleet.reversals());
+        assert!(
+            fleet.moves(budget) <= 4,
+            "{} at {rate}/s",
+            fleet.moves(budget)
+        );
+        assert!(fleet.moves(cap) <= 6, "{} at {rate}/s", fleet.moves(cap));
+    }
+}
+
+#[test]
+fn clients_that_wait_for_answers_are_seen_in_what_is_in_flight() {
+    let mut fleet = Fleet::on_t4(
+        8,
+        60.0,
+        Lengths {
+            random: false,
+            ..CHAT
+        },
+    );
+    fleet.run(20.0, |_| Clients::Open(0.0));
+    fleet.run(300.0, |_| Clients::Closed(64));
+    let share = good(&mut fleet, 240.0, |_| Clients::Closed(64));
+    let last = fleet.last().clone();
+    assert!((3..=7).contains(&last.ready), "{last:?}");
+    assert!(share >= 98.0, "{share} % good with {last:?}");
+    assert!(fleet.reversals() <= 2, "{} reversals", fleet.reversals());
+    // The load goes: everything returns to the minimum.
+    fleet.run(150.0, |_| Clients::Closed(0));
+    assert_eq!(fleet.last().decision.replicas, 1);
+}
+
+#[test]
+fn at_the_maximum_the_dials_carry_on() {
+    let mut fleet = Fleet::on_t4(2, 60.0, CHAT);
+    fleet.run(240.0, |_| Clients::Open(6.0));
+    let last = fleet.last().clone();
+    assert_eq!(last.decision.reason.code, ReasonCode::AtMaxReplicas);
+    assert_eq!(last.decision.replicas, 2);
+    let load = last.decision.load.unwrap();
+    assert!(load.waiting > 0);
+    // However many wait, those that run are within the inter-token objective.
+    assert!(load.itl_p95_seconds.unwrap() <= 0.1, "{load:?}");
+}
+
+#[test]
+fn on_a_large_device_the_cap_follows_load() {
+    let long = Lengths {
+        output: 600.0,
+        ..BENCH
+    };
+    let mut fleet = Fleet::new(h100(), 571_986, limits(1, 30.0), long);
+    fleet.ceilings.max_num_batched_tokens = 8192;
+    fleet.run(30.0, |_| Clients::Closed(4));
+    let few = cap(fleet.last().decision.dials);
+    fleet.run(60.0, |_| Clients::Closed(40));
+    let more = cap(fleet.last().decision.dials);
+    fleet.run(60.0, |_| Clients::Closed(120));
+    let many = cap(fleet.last().decision.dials);
+    assert!(few < more && more < many, "{few}, {more}, {many}");
+    assert!(more >= 64 && many == 256, "{few}, {more}, {many}");
+    fleet.run(120.0, |_| Clients::Closed(0));
+    assert_eq!(cap(fleet.last().decision.dials), few);
+    assert!(fleet.moves(cap) <= 6, "{} moves", fleet.moves(cap));
+}
+
+#[test]
+fn a_mix_that_changes_moves_the_dials_and_not_to_and_fro() {
+    let mut fleet = Fleet::on_t4(6, 60.0, BENCH);
+    fleet.run(180.0, |_| Clients::Open(3.0));
+    fleet.lengths = Lengths {
+        prompt: 4000.0,
+        output: 300.0,
+        random: false,
+    };
+    let before = fleet.history.len();
+    fleet.run(400.0, |_| Clients::Open(0.4));
+    let dials = fleet.last().decision.dials;
+    assert!(cap(dials) <= 24, "{dials:?}");
+    let budgets = fleet.history[before..].iter();
+    let turned = crate::fleet::turns(budgets.map(|m| budget(m.decision.dials)));
+    assert!(turned <= 2, "{turned}");
+}
+
+#[test]
+fn a_law_that_flatters_itself_is_found_out_by_the_misses() {
+    let mut fleet = Fleet::on_t4(8, 60.0, CHAT);
+    fleet.law.base *= 1.0;
+    let rate = 2.6;
+    fleet.run(200.0, |_| Clients::Open(rate));
+    let honest = fleet.last().decision.replicas;
+
+    let mut fleet = Fleet::on_t4(8, 60.0, CHAT);
+    let flattering = fleet.law.slowed(0.6);
+    let run = |fleet: &mut Fleet, seconds: f64| {
+        for _ in 0..(seconds / PERIOD) as u32 {
+            for replica in &mut fleet.replicas {
+                replica.told_law = flattering;
+            }
+            fleet.run(PERIOD, |_| Clients::Open(rate));
+        }
+    };
+    run(&mut fleet, 150.0);
+    let believed = fleet.last().decision.replicas;
+    assert!(believed < honest, "{believed} of {honest}");
+    run(&mut fleet, 900.0);
+    let last = fleet.last().clone();
+    assert!(last.decision.replicas > believed, "{last:?}");
+    assert!(last.decision.replicas <= honest + 1, "{last:?}");
+}
