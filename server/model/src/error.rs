@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 
+use stoker_kernels::KernelError;
 use thiserror::Error;
 
 #[derive(Debug, Error)]
@@ -52,7 +53,9 @@ pub enum LoadError {
     },
     #[error("can't start {threads} worker threads: {message}; lower --threads")]
     Threads { threads: usize, message: String },
-    #[error("the option {name} is {value}, but must be {expected}")]
+    #[error("the model can't be set up for the CPU: {0}")]
+    Kernel(#[from] KernelError),
+    #[error("the option --{name} is {value}, but must be {expected}")]
     Option {
         name: &'static str,
         value: String,

@@ -8,6 +8,7 @@ use std::{
     borrow::Cow,
     fs::File,
     io::{BufReader, Read, Seek},
+    ops::Range,
     os::unix::fs::FileExt,
     path::{Path, PathBuf},
 };
@@ -117,26 +118,27 @@ impl GgufFile {
         })
     }
 
-    /// Reads and dequantises `count` rows from `first` on.
-    pub fn rows(
-        &self,
-        tensor: &TensorHandle,
-        first: usize,
-        count: usize,
-    ) -> Result<Vec<f32>, LoadError> {
+    /// Elements of all tensors.
+    pub fn parameters(&self) -> u64 {
+        let infos = self.content.tensor_infos.values();
+        infos.map(|info| info.shape.elem_count() as u64).sum()
+    }
+
+    /// Reads and dequantises some rows.
+    pub fn rows(&self, tensor: &TensorHandle, rows: Range<usize>) -> Result<Vec<f32>, LoadError> {
         let damaged = |message: String| LoadError::Format {
             path: self.path.clone(),
             message: format!("tensor {}: {message}", tensor.name),
         };
-        let mut bytes = vec![0; count * tensor.row_bytes];
+        let mut bytes = vec![0; rows.len() * tensor.row_bytes];
         let offset = tensor
             .offset
-            .saturating_add((first * tensor.row_bytes) as u64);
+            .saturating_add((rows.start * tensor.row_bytes) as u64);
         self.file
             .read_exact_at(&mut bytes, offset)
             .map_err(|e| damaged(format!("{} bytes at {offset}: {e}", bytes.len())))?;
         QStorage::from_data(Cow::Owned(bytes), &Device::Cpu, tensor.dtype)
-            .and_then(|storage| QTensor::new(storage, (count, tensor.cols)))
+            .and_then(|storage| QTensor::new(storage, (rows.len(), tensor.cols)))
             .and_then(|q| q.dequantize(&Device::Cpu)?.flatten_all()?.to_vec1())
             .map_err(|e| damaged(e.to_string()))
     }

@@ -6,6 +6,7 @@
 
 pub mod architecture;
 pub mod chat;
+pub mod config;
 pub mod cpu;
 pub mod error;
 pub mod gguf;
