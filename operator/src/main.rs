@@ -1,1 +1,60 @@
-fn main() {}
+//! `stoker-operator`: turns InferenceServices into pods that answer within their objectives.
+
+mod actuate;
+mod args;
+mod controller;
+mod fence;
+mod lease;
+mod probes;
+mod resources;
+mod run;
+mod scaling;
+mod scrape;
+mod stores;
+#[cfg(test)]
+mod testing;
+
+use anyhow::Context as _;
+use clap::Parser;
+
+use args::{Args, Command, LogFormat};
+
+fn main() -> anyhow::Result<()> {
+    match Args::parse().command {
+        Command::Crds => {
+            print!(
+                "{}",
+                stoker_api::crd_yaml().context("could not write the CRD as YAML")?
+            );
+            Ok(())
+        }
+        Command::Run(args) => {
+            start_log(args.log_format);
+            // Two providers may be compiled in; rustls wants to be told which one to use.
+            let provider = rustls::crypto::ring::default_provider();
+            if provider.install_default().is_err() {
+                anyhow::bail!("a TLS provider was installed before");
+            }
+            let runtime = tokio::runtime::Builder::new_multi_thread()
+                .enable_all()
+                .build()
+                .context("could not start the async runtime")?;
+            let result = runtime.block_on(run::run(*args));
+            // Whatever still runs has been fenced off.
+            runtime.shutdown_background();
+            result
+        }
+    }
+}
+
+fn start_log(format: LogFormat) {
+    let filter = tracing_subscriber::EnvFilter::try_from_default_env();
+    let filter = filter.unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("info"));
+    let log = tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr);
+    match format {
+        LogFormat::Text => log.init(),
+        LogFormat::Json => log.json().init(),
+    }
+}

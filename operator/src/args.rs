@@ -1,0 +1,137 @@
+//! Command line and environment.
+
+use clap::{Parser, Subcommand, ValueEnum};
+
+#[derive(Debug, Parser)]
+#[command(version, about = "Runs InferenceServices on Kubernetes")]
+pub struct Args {
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Watch InferenceServices and run them.
+    Run(Box<RunArgs>),
+    /// Print the CustomResourceDefinitions as YAML.
+    Crds,
+}
+
+#[derive(Clone, Debug, clap::Args)]
+pub struct RunArgs {
+    /// Namespace of the operator itself: its lease and its key live there.
+    #[arg(
+        long,
+        env = "POD_NAMESPACE",
+        default_value = "stoker-system",
+        value_name = "NAME"
+    )]
+    pub namespace: String,
+
+    /// Name of the operator's pod: the holder of the lease.
+    #[arg(long, env = "POD_NAME", value_name = "NAME")]
+    pub pod_name: String,
+
+    /// Image of stoker-server for services that name none.
+    #[arg(long, env = "STOKER_SERVER_IMAGE", value_name = "IMAGE")]
+    pub server_image: String,
+
+    /// When kubelets pull the server's image.
+    #[arg(
+        long,
+        env = "STOKER_IMAGE_PULL_POLICY",
+        value_enum,
+        default_value = "if-not-present"
+    )]
+    pub image_pull_policy: PullPolicy,
+
+    /// Port of /metrics, /healthz and /readyz.
+    #[arg(long, env = "STOKER_METRICS_PORT", default_value_t = 8080)]
+    pub metrics_port: u16,
+
+    /// Namespaces whose InferenceServices are run, separated by commas; without it all.
+    #[arg(
+        long,
+        env = "STOKER_WATCH_NAMESPACES",
+        value_delimiter = ',',
+        value_name = "NAMES"
+    )]
+    pub watch_namespaces: Vec<String>,
+
+    /// Form of the log lines.
+    #[arg(long, env = "STOKER_LOG_FORMAT", value_enum, default_value = "text")]
+    pub log_format: LogFormat,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum LogFormat {
+    Text,
+    Json,
+}
+
+/// Kubernetes' own spellings are understood, too.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum PullPolicy {
+    #[value(alias = "Always")]
+    Always,
+    #[value(alias = "IfNotPresent")]
+    IfNotPresent,
+    #[value(alias = "Never")]
+    Never,
+}
+
+impl PullPolicy {
+    /// As the Kubernetes API spells it.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            PullPolicy::Always => "Always",
+            PullPolicy::IfNotPresent => "IfNotPresent",
+            PullPolicy::Never => "Never",
+        }
+    }
+}
+
+impl RunArgs {
+    /// `None` for all namespaces. Blank items come from an empty environment variable.
+    pub fn scopes(&self) -> Vec<Option<String>> {
+        let mut names: Vec<String> = self
+            .watch_namespaces
+            .iter()
+            .map(|n| n.trim().to_owned())
+            .collect();
+        names.retain(|name| !name.is_empty());
+        names.sort();
+        names.dedup();
+        match names.is_empty() {
+            true => vec![None],
+            false => names.into_iter().map(Some).collect(),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn run_args(more: &[&str]) -> RunArgs {
+        let base = ["stoker-operator", "run", "--pod-name=p", "--server-image=i"];
+        match Args::parse_from(base.iter().chain(more)).command {
+            Command::Run(args) => *args,
+            Command::Crds => panic!("not run"),
+        }
+    }
+
+    #[test]
+    fn an_empty_list_of_namespaces_is_all_of_them() {
+        assert_eq!(run_args(&[]).scopes(), [None]);
+        assert_eq!(run_args(&["--watch-namespaces="]).scopes(), [None]);
+        let two = run_args(&["--watch-namespaces=b, a,b"]).scopes();
+        assert_eq!(two, [Some("a".to_owned()), Some("b".to_owned())]);
+    }
+
+    #[test]
+    fn pull_policies_go_by_kubernetes_names_as_well() {
+        let policy = run_args(&["--image-pull-policy=IfNotPresent"]).image_pull_policy;
+        assert_eq!(policy.as_str(), "IfNotPresent");
+    }
+}

@@ -1,0 +1,121 @@
+//! Keeps what people read from flickering.
+
+use std::time::Duration;
+
+use stoker_autoscaler::{Reason, ReasonCode};
+use tokio::time::Instant;
+
+/// A replica that the kubelet calls ready but that hasn't answered for so long is silent.
+pub const SILENCE: Duration = Duration::from_secs(10);
+/// A finding must last so long before it is believed.
+const PERSIST: Duration = Duration::from_secs(10);
+/// A reason stays so long before another replaces it.
+const DWELL: Duration = Duration::from_secs(6);
+
+/// Takes a new value over once it has lasted for [`PERSIST`].
+#[derive(Clone, Debug, Default)]
+pub struct Debounced<T> {
+    value: T,
+    candidate: Option<(T, Instant)>,
+}
+
+impl<T: Copy + PartialEq> Debounced<T> {
+    pub fn new(value: T) -> Self {
+        Debounced {
+            value,
+            candidate: None,
+        }
+    }
+
+    pub fn update(&mut self, new: T, now: Instant) -> T {
+        match self.candidate {
+            _ if new == self.value => self.candidate = None,
+            Some((candidate, since)) if candidate == new => {
+                if now.duration_since(since) >= PERSIST {
+                    self.value = new;
+                    self.candidate = None;
+                }
+            }
+            _ => self.candidate = Some((new, now)),
+        }
+        self.value
+    }
+}
+
+/// The reason to show: a change of replicas at once, lost samples only when they stay lost, others
+/// when the shown one has had its time. The message is always the latest of its code.
+#[derive(Clone, Debug, Default)]
+pub struct ShownReason {
+    shown: Option<(Reason, Instant)>,
+    lost_since: Option<Instant>,
+}
+
+impl ShownReason {
+    pub fn update(&mut self, new: Reason, now: Instant) -> Reason {
+        let lost = new.code == ReasonCode::NoData;
+        let lost_since = *self.lost_since.get_or_insert(now);
+        if !lost {
+            self.lost_since = None;
+        }
+        let Some((shown, since)) = &mut self.shown else {
+            self.shown = Some((new.clone(), now));
+            return new;
+        };
+        let at_once = matches!(new.code, ReasonCode::ScaleUp | ReasonCode::ScaleDown);
+        let due = match lost {
+            true => now.duration_since(lost_since) >= PERSIST,
+            false => at_once || now.duration_since(*since) >= DWELL,
+        };
+        if new.code == shown.code {
+            shown.message = new.message;
+        } else if due {
+            (*shown, *since) = (new, now);
+        }
+        shown.clone()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn reason(code: ReasonCode, message: &str) -> Reason {
+        Reason {
+            code,
+            message: message.to_owned(),
+        }
+    }
+
+    #[test]
+    fn a_finding_must_last() {
+        let start = Instant::now();
+        let at = |s: u64| start + Duration::from_secs(s);
+        let mut met = Debounced::<Option<bool>>::default();
+        assert_eq!(met.update(Some(true), at(0)), None);
+        assert_eq!(met.update(Some(false), at(8)), None, "another candidate");
+        assert_eq!(met.update(Some(true), at(9)), None);
+        assert_eq!(met.update(Some(true), at(19)), Some(true));
+        assert_eq!(met.update(Some(false), at(20)), Some(true));
+        assert_eq!(met.update(Some(true), at(21)), Some(true));
+        assert_eq!(met.update(Some(false), at(31)), Some(true), "counts anew");
+        assert_eq!(met.update(Some(false), at(41)), Some(false));
+    }
+
+    #[test]
+    fn reasons_stay_readable() {
+        use ReasonCode::{DialsMoved, NoData, ScaleUp, Steady};
+        let start = Instant::now();
+        let at = |s: u64| start + Duration::from_secs(s);
+        let mut shown = ShownReason::default();
+        assert_eq!(shown.update(reason(Steady, "a"), at(0)).code, Steady);
+        assert_eq!(shown.update(reason(DialsMoved, "b"), at(2)).code, Steady);
+        assert_eq!(shown.update(reason(Steady, "c"), at(4)).message, "c");
+        assert_eq!(shown.update(reason(ScaleUp, "d"), at(5)).code, ScaleUp);
+        assert_eq!(
+            shown.update(reason(DialsMoved, "e"), at(11)).code,
+            DialsMoved
+        );
+        assert_eq!(shown.update(reason(NoData, "f"), at(30)).code, DialsMoved);
+        assert_eq!(shown.update(reason(NoData, "f"), at(40)).code, NoData);
+    }
+}

@@ -1,0 +1,417 @@
+//! One service's tick.
+
+use std::collections::HashMap;
+use std::net::IpAddr;
+use std::sync::Arc;
+
+use futures::future::join_all;
+use k8s_openapi::api::core::v1::Pod;
+use kube::ResourceExt;
+use stoker_api::conditions::{self, types};
+use stoker_api::{InferenceService, names};
+use stoker_autoscaler::{Decision, Dials, Memory, Observation, Phase, Replica, Sample, decide};
+use tokio::time::Instant;
+use tracing::{debug, info, warn};
+
+use super::board::{Outlook, PodOutlook, bounds};
+use super::observe::{self, is_ready};
+use super::settle::{Debounced, SILENCE, ShownReason};
+use super::step::{self, Standing, Step};
+use super::{Fleet, Key};
+use crate::actuate::{Candidate, DeletionCost, Pushed, Pusher, WireObjectives};
+use crate::scrape::{FetchError, Fetcher, Reading};
+
+/// What ticks act with.
+pub struct Tools {
+    pub fetcher: Fetcher,
+    pub pusher: Pusher,
+    pub deletion_cost: DeletionCost,
+}
+
+/// What is remembered about a service from tick to tick.
+#[derive(Default)]
+pub struct Worker {
+    memory: Option<Memory>,
+    pods: HashMap<String, PodMemory>,
+    reason: ShownReason,
+    objectives_met: Debounced<Option<bool>>,
+}
+
+/// What is remembered about a pod.
+#[derive(Default)]
+struct PodMemory {
+    /// Of the container: what follows is about this start of it.
+    restarts: i32,
+    was_ready: bool,
+    pushed: Option<Pushed>,
+    push_failing: bool,
+    /// The last answer, or the first question while there was none.
+    heard: Option<Instant>,
+}
+
+/// A pod with what it said this time.
+struct Seen {
+    pod: Arc<Pod>,
+    uid: String,
+    address: Option<IpAddr>,
+    phase: Phase,
+    reading: Option<Result<Reading, FetchError>>,
+}
+
+impl Seen {
+    fn sample(&self) -> Option<&Sample> {
+        self.answer()?.sample.as_ref().ok()
+    }
+
+    fn answer(&self) -> Option<&Reading> {
+        self.reading.as_ref()?.as_ref().ok()
+    }
+}
+
+impl Worker {
+    /// One round. Gives the number of replicas to ask for next, and what there is to tell.
+    pub async fn tick(
+        &mut self,
+        service: &InferenceService,
+        pods: Vec<Arc<Pod>>,
+        desired: u32,
+        fleet: Fleet,
+        tools: &Tools,
+    ) -> (u32, Outlook) {
+        let seen = self.look(service, pods, tools).await;
+        let now = jiff::Timestamp::now().as_duration().as_secs_f64();
+        let observation = observation(&seen, desired, now);
+        let objectives = observe::objectives(&service.spec);
+        let limits = observe::limits(&service.spec, bounds(service));
+        let decision = {
+            let memory = self.remember(service, desired, now);
+            decide(&observation, &objectives, &limits, memory)
+        };
+        metrics::counter!("stoker_operator_decisions_total",
+            "reason" => format!("{:?}", decision.reason.code))
+        .increment(1);
+        let wire = WireObjectives::from(&objectives);
+        self.push(&seen, &decision, wire, tools).await;
+        let next = self.step(service, &seen, desired, fleet, &decision, tools);
+        let next = next.await;
+        if next != desired {
+            info!(from = desired, to = next, reason = ?decision.reason.code, "replicas");
+        }
+        let outlook = self.outlook(&seen, &decision, objectives.good_percent);
+        (next, outlook)
+    }
+
+    /// At first, what the status tells: an operator that was restarted neither resets dials nor
+    /// scales down before it has watched for a while, nor forgets whether objectives were met.
+    fn remember(&mut self, service: &InferenceService, desired: u32, now: f64) -> &mut Memory {
+        let status = service.status.as_ref();
+        if self.memory.is_none() {
+            let conditions = status.map_or(&[][..], |status| &status.conditions);
+            let met = conditions::find(conditions, types::OBJECTIVES_MET);
+            self.objectives_met = Debounced::new(met.and_then(|met| match met.status.as_str() {
+                "True" => Some(true),
+                "False" => Some(false),
+                _ => None,
+            }));
+        }
+        self.memory.get_or_insert_with(|| {
+            Memory::seeded(desired, status.and_then(|s| s.dials).and_then(dials), now)
+        })
+    }
+
+    /// Scrapes all pods that have an address, not-ready ones too: they tell how far loading is.
+    async fn look(
+        &mut self,
+        service: &InferenceService,
+        pods: Vec<Arc<Pod>>,
+        tools: &Tools,
+    ) -> Vec<Seen> {
+        let name = service.name_any();
+        let ours = pods
+            .into_iter()
+            .filter(|pod| observe::is_replica(pod, &name) && !observe::is_finished(pod));
+        let mut seen = join_all(ours.map(|pod| async move {
+            let address = pod.status.as_ref().and_then(|s| s.pod_ip.as_deref());
+            let address: Option<IpAddr> = address.and_then(|ip| ip.parse().ok());
+            let reading = match address.filter(|_| is_running(&pod)) {
+                Some(ip) => Some(tools.fetcher.fetch(ip).await),
+                None => None,
+            };
+            Seen {
+                uid: pod.uid().unwrap_or_default(),
+                address,
+                phase: Phase::Starting,
+                reading,
+                pod,
+            }
+        }))
+        .await;
+        self.pods
+            .retain(|uid, _| seen.iter().any(|s| s.uid == *uid));
+        let now = Instant::now();
+        for pod in &mut seen {
+            let memory = self.pods.entry(pod.uid.clone()).or_default();
+            memory.note(pod, now);
+            let result = match &pod.reading {
+                Some(Ok(_)) => "ok",
+                Some(Err(error)) => {
+                    debug!(pod = pod.pod.name_any(), %error, "scrape failed");
+                    "error"
+                }
+                None => continue,
+            };
+            metrics::counter!("stoker_operator_scrapes_total", "result" => result).increment(1);
+        }
+        seen
+    }
+
+    /// Tells each replica its dials and objectives where they differ from what it has.
+    async fn push(
+        &mut self,
+        seen: &[Seen],
+        decision: &Decision,
+        objectives: WireObjectives,
+        tools: &Tools,
+    ) {
+        let mut due = Vec::new();
+        for pod in seen {
+            let (Some(address), Some(sample)) = (pod.address, pod.sample()) else {
+                continue;
+            };
+            let loaded = pod.answer().is_some_and(Reading::loaded);
+            if pod.phase == Phase::Draining || !loaded {
+                continue;
+            }
+            let wanted = decision.overrides.get(&pod.uid).unwrap_or(&decision.dials);
+            let wanted = Pushed {
+                dials: within(*wanted, sample.ceilings),
+                objectives,
+            };
+            let pushed = self.pods.get(&pod.uid).and_then(|memory| memory.pushed);
+            if sample.dials != wanted.dials || pushed.map(|p| p.objectives) != Some(objectives) {
+                due.push((pod, address, wanted));
+            }
+        }
+        let pushes = due.iter().map(|(pod, address, wanted)| async move {
+            tools.pusher.push(*address, &pod.uid, *wanted).await
+        });
+        let results = join_all(pushes).await;
+        for ((pod, _, wanted), result) in due.into_iter().zip(results) {
+            let Some(memory) = self.pods.get_mut(&pod.uid) else {
+                continue;
+            };
+            let name = pod.pod.name_any();
+            let outcome = match result {
+                Ok(()) => {
+                    debug!(pod = name, dials = ?wanted.dials, "pushed limits");
+                    memory.pushed = Some(wanted);
+                    memory.push_failing = false;
+                    "ok"
+                }
+                Err(error) => {
+                    // Tried again every tick; told once.
+                    if !std::mem::replace(&mut memory.push_failing, true) {
+                        warn!(pod = name, %error, "could not push limits");
+                    }
+                    memory.pushed = None;
+                    "error"
+                }
+            };
+            metrics::counter!("stoker_operator_pushes_total", "result" => outcome).increment(1);
+        }
+    }
+
+    async fn step(
+        &self,
+        service: &InferenceService,
+        seen: &[Seen],
+        desired: u32,
+        fleet: Fleet,
+        decision: &Decision,
+        tools: &Tools,
+    ) -> u32 {
+        let standing = standing(seen);
+        let step = step::next(desired, decision.replicas, fleet, &standing);
+        let Some(Key { namespace, .. }) = Key::of(service) else {
+            return desired;
+        };
+        let marked = match &step {
+            Step::Mark(victim) => Some(victim.uid.as_str()),
+            // The marked pod is about to go.
+            Step::To(n) if *n < desired => return *n,
+            _ => None,
+        };
+        for pod in &standing.ready {
+            let wanted = marked == Some(pod.uid.as_str());
+            // While fewer are wanted, a mark stays until its pod is gone.
+            if pod.marked == wanted || (pod.marked && decision.replicas < desired) {
+                continue;
+            }
+            let cost = &tools.deletion_cost;
+            let marking = cost.set(&namespace, &pod.name, &pod.uid, wanted).await;
+            if let Err(error) = marking {
+                warn!(pod = pod.name, %error, "could not mark the pod that goes first");
+            }
+        }
+        match step {
+            Step::To(n) => n,
+            Step::Mark(_) | Step::Stay => desired,
+        }
+    }
+
+    fn outlook(&mut self, seen: &[Seen], decision: &Decision, goal: f64) -> Outlook {
+        let now = Instant::now();
+        let good = decision.load.and_then(|load| load.good_percent);
+        let met = good.map(|percent| percent >= goal);
+        let ceiling = seen.iter().filter_map(Seen::sample).map(|s| s.ceilings);
+        let law = seen.iter().filter_map(Seen::sample);
+        let law = law.max_by(|a, b| a.law_confidence.total_cmp(&b.law_confidence));
+        Outlook {
+            dials: Some(ceiling.fold(decision.dials, within)),
+            load: decision.load,
+            law: law.map(|sample| (sample.law, sample.law_confidence)),
+            reason: Some(self.reason.update(decision.reason.clone(), now)),
+            objectives_met: self.objectives_met.update(met, now),
+            pods: seen.iter().map(|pod| self.pod_outlook(pod, now)).collect(),
+        }
+    }
+
+    fn pod_outlook(&self, seen: &Seen, now: Instant) -> (String, PodOutlook) {
+        let answer = seen.answer();
+        let heard = self.pods.get(&seen.uid).and_then(|memory| memory.heard);
+        let quiet = heard.is_some_and(|at| now.duration_since(at) >= SILENCE);
+        let error = match &seen.reading {
+            Some(Err(error)) => error.to_string(),
+            _ => "it has no address".to_owned(),
+        };
+        let percent = |ratio: f64| (ratio.clamp(0.0, 1.0) * 100.0).floor() as i32;
+        let progress = answer.and_then(|a| a.loading_progress);
+        let eta = answer.and_then(|a| a.loading_eta_seconds);
+        let outlook = PodOutlook {
+            loading_percent: progress.map(percent),
+            loading_eta_seconds: eta
+                .filter(|_| progress < Some(1.0))
+                .map(|s| s.ceil() as i32),
+            silent: (quiet && answer.is_none()).then_some(error),
+        };
+        (seen.uid.clone(), outlook)
+    }
+}
+
+impl PodMemory {
+    fn note(&mut self, seen: &mut Seen, now: Instant) {
+        let restarts = restarts(&seen.pod);
+        if restarts != self.restarts {
+            *self = PodMemory {
+                restarts,
+                ..PodMemory::default()
+            };
+        }
+        if seen.answer().is_some() || self.heard.is_none() {
+            self.heard = Some(now);
+        }
+        // An operator that was just started recognises a replica that is loaded and leaving.
+        let leaving = seen.answer().is_some_and(|a| a.draining);
+        self.was_ready |= is_ready(&seen.pod) || leaving;
+        seen.phase = observe::phase(&seen.pod, self.was_ready);
+    }
+}
+
+fn observation(seen: &[Seen], desired: u32, now: f64) -> Observation {
+    let replica = |seen: &Seen| {
+        let (age_seconds, ready_seconds) = observe::ages(&seen.pod, now);
+        Replica {
+            id: seen.uid.clone(),
+            phase: seen.phase,
+            age_seconds,
+            ready_seconds,
+            sample: seen.sample().cloned(),
+        }
+    };
+    Observation {
+        now,
+        desired_replicas: desired,
+        replicas: seen.iter().map(replica).collect(),
+    }
+}
+
+fn standing(seen: &[Seen]) -> Standing {
+    let mut standing = Standing::default();
+    let now = jiff::Timestamp::now().as_duration().as_secs_f64();
+    for pod in seen {
+        if pod.pod.metadata.deletion_timestamp.is_some() {
+            standing.terminating += 1;
+        } else if is_ready(&pod.pod) {
+            standing.ready.push(Candidate {
+                uid: pod.uid.clone(),
+                name: pod.pod.name_any(),
+                marked: DeletionCost::is_marked(&pod.pod),
+                requests: pod.sample().map(|s| s.running.saturating_add(s.waiting)),
+                ready_seconds: observe::ages(&pod.pod, now).1 as u64,
+            });
+        } else {
+            standing.not_ready += 1;
+        }
+    }
+    standing
+}
+
+/// A container that isn't running has nobody to ask.
+fn is_running(pod: &Pod) -> bool {
+    let statuses = pod
+        .status
+        .as_ref()
+        .and_then(|s| s.container_statuses.as_ref());
+    statuses.into_iter().flatten().any(|status| {
+        status.name == names::SERVER_CONTAINER
+            && status
+                .state
+                .as_ref()
+                .is_some_and(|state| state.running.is_some())
+    })
+}
+
+fn restarts(pod: &Pod) -> i32 {
+    let statuses = pod
+        .status
+        .as_ref()
+        .and_then(|s| s.container_statuses.as_ref());
+    let server = |status: &&k8s_openapi::api::core::v1::ContainerStatus| {
+        status.name == names::SERVER_CONTAINER
+    };
+    statuses
+        .into_iter()
+        .flatten()
+        .find(server)
+        .map_or(0, |status| status.restart_count)
+}
+
+fn within(dials: Dials, ceilings: Dials) -> Dials {
+    // A ceiling of 0 is one that isn't known yet.
+    let cut = |dial: u32, ceiling: u32| {
+        if ceiling == 0 {
+            dial
+        } else {
+            dial.min(ceiling)
+        }
+    };
+    Dials {
+        max_num_seqs: cut(dials.max_num_seqs, ceilings.max_num_seqs),
+        max_num_batched_tokens: cut(
+            dials.max_num_batched_tokens,
+            ceilings.max_num_batched_tokens,
+        ),
+    }
+}
+
+fn dials(status: stoker_api::DialsStatus) -> Option<Dials> {
+    let positive = |n: i32| u32::try_from(n).ok().filter(|n| *n > 0);
+    Some(Dials {
+        max_num_seqs: positive(status.max_num_seqs)?,
+        max_num_batched_tokens: positive(status.max_num_batched_tokens)?,
+    })
+}
+
+#[cfg(test)]
+#[path = "worker_tests.rs"]
+mod tests;

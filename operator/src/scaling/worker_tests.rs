@@ -1,0 +1,221 @@
+//! A worker against a replica that is an HTTP server in this process.
+
+use std::sync::Mutex;
+
+use axum::extract::State;
+use axum::{Json, Router, routing::get, routing::patch};
+use serde_json::{Value, json};
+use tokio::net::TcpListener;
+
+use super::*;
+use crate::actuate::{ControlKey, Signer};
+use crate::lease::Leadership;
+use crate::testing::mock_client;
+
+const METRICS: &str = include_str!("../../tests/data/scaling_metrics.txt");
+
+/// A replica whose dials follow what is pushed.
+#[derive(Default)]
+struct Stub {
+    dials: Option<(u64, u64)>,
+    pushes: Vec<Value>,
+    loading: Option<f64>,
+}
+
+type Shared = Arc<Mutex<Stub>>;
+
+async fn metrics_of(State(stub): State<Shared>) -> String {
+    let stub = stub.lock().unwrap();
+    if let Some(progress) = stub.loading {
+        return format!(
+            "stoker:loading_progress_ratio {progress}\nstoker:loading_eta_seconds 30\n"
+        );
+    }
+    let (cap, budget) = stub.dials.unwrap_or((8, 512));
+    METRICS
+        .replace(
+            "stoker:max_num_seqs{model_name=\"smollm2\",engine=\"0\"} 8",
+            &format!("stoker:max_num_seqs{{engine=\"0\"}} {cap}"),
+        )
+        .replace(
+            "stoker:max_num_batched_tokens{model_name=\"smollm2\",engine=\"0\"} 512",
+            &format!("stoker:max_num_batched_tokens{{engine=\"0\"}} {budget}"),
+        )
+}
+
+async fn take(State(stub): State<Shared>, Json(body): Json<Value>) {
+    let mut stub = stub.lock().unwrap();
+    stub.dials = body["max_num_seqs"]
+        .as_u64()
+        .zip(body["max_num_batched_tokens"].as_u64());
+    stub.pushes.push(body);
+}
+
+async fn replica() -> (Shared, Tools) {
+    let stub = Shared::default();
+    let router = Router::new()
+        .route("/metrics", get(metrics_of))
+        .route("/control/v1/limits", patch(take))
+        .with_state(Arc::clone(&stub));
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let port = listener.local_addr().unwrap().port();
+    tokio::spawn(async move { axum::serve(listener, router).await });
+    let key = ControlKey::generate().unwrap();
+    let signer = Signer::new(&key, Leadership::held(1)).unwrap();
+    let tools = Tools {
+        fetcher: Fetcher::new(port).unwrap(),
+        pusher: Pusher::new(port, signer).unwrap(),
+        deletion_cost: DeletionCost::new(mock_client().0),
+    };
+    (stub, tools)
+}
+
+fn service(initial: (u32, u32), status: Value) -> InferenceService {
+    serde_json::from_value(json!({
+        "metadata": {"name": "chat", "namespace": "ns", "uid": "u"},
+        "spec": {"engine": {"device": "cpu",
+            "maxNumSeqs": {"min": 1, "max": 512, "initial": initial.0},
+            "maxNumBatchedTokens": {"min": 64, "max": 16384, "initial": initial.1}}},
+        "status": status,
+    }))
+    .unwrap()
+}
+
+fn pod(ready: bool, restarts: i32) -> Arc<Pod> {
+    Arc::new(
+        serde_json::from_value(json!({
+            "metadata": {"name": "chat-5f-x", "uid": "pod-1", "labels": {"pod-template-hash": "5f"},
+                "ownerReferences": [{"apiVersion": "apps/v1", "kind": "ReplicaSet", "name": "chat-5f",
+                    "uid": "r", "controller": true}]},
+            "status": {"podIP": "127.0.0.1",
+                "conditions": [{"type": "Ready", "status": if ready { "True" } else { "False" }}],
+                "containerStatuses": [{"name": "server", "image": "i", "imageID": "", "ready": ready,
+                    "restartCount": restarts, "state": {"running": {}}}]},
+        }))
+        .unwrap(),
+    )
+}
+
+fn fleet() -> Fleet {
+    Fleet {
+        observed: true,
+        wanted: 1,
+        created: 1,
+        updated: 1,
+        ready: 1,
+    }
+}
+
+#[tokio::test]
+async fn a_replica_is_told_once_and_again_after_a_restart() {
+    let (stub, tools) = replica().await;
+    let service = service((16, 1024), json!({}));
+    let mut worker = Worker::default();
+    for _ in 0..3 {
+        worker
+            .tick(&service, vec![pod(true, 0)], 1, fleet(), &tools)
+            .await;
+    }
+    {
+        let mut stub = stub.lock().unwrap();
+        assert_eq!(stub.pushes.len(), 1, "{:?}", stub.pushes);
+        assert_eq!(stub.pushes[0]["objectives"]["ttft_ms"], 2000.0);
+        // The container starts anew: dials and objectives are those of its command line.
+        stub.dials = None;
+    }
+    worker
+        .tick(&service, vec![pod(true, 1)], 1, fleet(), &tools)
+        .await;
+    assert_eq!(stub.lock().unwrap().pushes.len(), 2);
+}
+
+#[tokio::test]
+async fn dials_never_exceed_what_the_replica_accepts() {
+    let (stub, tools) = replica().await;
+    // The replica's ceilings are 256 and 8192.
+    let service = service((400, 16_000), json!({}));
+    let mut worker = Worker::default();
+    for _ in 0..2 {
+        worker
+            .tick(&service, vec![pod(true, 0)], 1, fleet(), &tools)
+            .await;
+    }
+    let stub = stub.lock().unwrap();
+    assert!(
+        stub.pushes.len() <= 1,
+        "a cut dial is no difference: {:?}",
+        stub.pushes
+    );
+    let (cap, budget) = stub.dials.unwrap();
+    assert!(cap <= 256 && budget <= 8192, "{cap} {budget}");
+}
+
+#[tokio::test]
+async fn a_restarted_operator_keeps_the_dials_of_the_status() {
+    let (stub, tools) = replica().await;
+    stub.lock().unwrap().dials = Some((20, 700));
+    let status = json!({"desiredReplicas": 1, "dials": {"maxNumSeqs": 20, "maxNumBatchedTokens": 700},
+        "conditions": [{"type": "ObjectivesMet", "status": "True", "reason": "ObjectivesMet",
+            "message": "", "lastTransitionTime": "2026-01-01T00:00:00Z"}]});
+    let service = service((8, 512), status);
+    let mut worker = Worker::default();
+    let (_, outlook) = worker
+        .tick(&service, vec![pod(true, 0)], 1, fleet(), &tools)
+        .await;
+    let stub = stub.lock().unwrap();
+    assert_eq!(stub.dials, Some((20, 700)));
+    assert_eq!(outlook.dials.map(|d| d.max_num_seqs), Some(20));
+    assert_eq!(outlook.objectives_met, Some(true));
+}
+
+#[tokio::test]
+async fn a_loading_replica_tells_how_far_it_is_and_gets_no_dials() {
+    let (stub, tools) = replica().await;
+    stub.lock().unwrap().loading = Some(0.42);
+    let service = service((16, 1024), json!({}));
+    let mut worker = Worker::default();
+    let (next, outlook) = worker
+        .tick(&service, vec![pod(false, 0)], 1, fleet(), &tools)
+        .await;
+    assert_eq!(next, 1);
+    let pod = &outlook.pods["pod-1"];
+    assert_eq!(
+        (pod.loading_percent, pod.loading_eta_seconds),
+        (Some(42), Some(30))
+    );
+    assert!(stub.lock().unwrap().pushes.is_empty());
+}
+
+#[tokio::test]
+async fn lost_samples_change_nothing() {
+    let key = ControlKey::generate().unwrap();
+    let nobody = TcpListener::bind("127.0.0.1:0")
+        .await
+        .unwrap()
+        .local_addr()
+        .unwrap();
+    let tools = Tools {
+        fetcher: Fetcher::new(nobody.port()).unwrap(),
+        pusher: Pusher::new(
+            nobody.port(),
+            Signer::new(&key, Leadership::held(1)).unwrap(),
+        )
+        .unwrap(),
+        deletion_cost: DeletionCost::new(mock_client().0),
+    };
+    let service = service((8, 512), json!({"desiredReplicas": 3}));
+    let mut worker = Worker::default();
+    let three = Fleet {
+        wanted: 3,
+        created: 3,
+        updated: 3,
+        ready: 3,
+        observed: true,
+    };
+    for _ in 0..3 {
+        let (next, _) = worker
+            .tick(&service, vec![pod(true, 0)], 3, three, &tools)
+            .await;
+        assert_eq!(next, 3);
+    }
+}
