@@ -220,7 +220,7 @@ pub struct Accelerator {
 
     /// Devices of each replica.
     #[serde(default = "one")]
-    #[schemars(range(min = 1, max = 16))]
+    #[schemars(range(min = 1, max = 64))]
     pub count: i32,
 }
 

@@ -19,15 +19,20 @@ pub struct Cluster {
 }
 
 impl Cluster {
-    /// Connects, and makes a namespace for one test; one left by an earlier run is removed first.
-    pub async fn with_namespace(name: &str) -> Result<Self> {
+    /// Connects; `namespace` is there already.
+    pub async fn connect(namespace: &str) -> Result<Self> {
         if std::env::var_os("KUBECONFIG").is_none() {
             bail!("KUBECONFIG is not set: run the tests by `make test`, or `make cluster-up` and export what it prints");
         }
         // Two providers may be compiled in; a second call finds one installed, which is as good.
         let _ = rustls::crypto::ring::default_provider().install_default();
         let client = Client::try_default().await.context("connecting to the cluster of KUBECONFIG")?;
-        let cluster = Self { client, namespace: format!("e2e-{name}") };
+        Ok(Self { client, namespace: namespace.to_owned() })
+    }
+
+    /// Connects, and makes a namespace for one test; one left by an earlier run is removed first.
+    pub async fn with_namespace(name: &str) -> Result<Self> {
+        let cluster = Self::connect(&format!("e2e-{name}")).await?;
         cluster.remove_namespace().await?;
         let namespaces: Api<Namespace> = Api::all(cluster.client.clone());
         let metadata = ObjectMeta { name: Some(cluster.namespace.clone()), ..ObjectMeta::default() };
