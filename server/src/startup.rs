@@ -1,0 +1,190 @@
+//! From the command line to a running engine: load, time the device, start.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use stoker_engine::executor::{Capacity, Executor, ExecutorError};
+use stoker_engine::{EngineConfig, Limits, RealClock, SimulatedExecutor, calibrate};
+use stoker_model::{ChatTemplate, KvMemory, LoadError, LoadOptions, LoadedModel, Tokenizer};
+use thiserror::Error;
+
+use crate::app::{App, Serving};
+use crate::args::{Args, Device};
+use crate::engine::{EngineHandle, EngineStart};
+use crate::objectives::ObjectivesError;
+
+/// Share of the progress that loading takes; timing the device takes the rest.
+const LOAD_SHARE: f64 = 0.95;
+
+/// New tokens of a chat answer of the simulated device, which never ends one by itself.
+const SIMULATED_CHAT_TOKENS: u32 = 256;
+
+#[derive(Debug, Error)]
+pub enum StartError {
+    #[error("loading the model failed: {0}")]
+    Load(#[from] LoadError),
+    #[error("timing the device failed: {0}")]
+    Calibrate(#[from] ExecutorError),
+    #[error("--{0}")]
+    Objectives(#[from] ObjectivesError),
+    #[error("registering the metrics failed: {0}")]
+    Metrics(#[from] prometheus::Error),
+    #[error("the engine's thread can't be started: {0}")]
+    Thread(std::io::Error),
+    #[error("--model is missing")]
+    NoModel,
+    #[error("the model was loaded twice")]
+    Twice,
+}
+
+impl StartError {
+    /// Whether other flags would have helped.
+    pub fn is_usage(&self) -> bool {
+        matches!(
+            self,
+            Self::Load(
+                LoadError::MaxModelLen { .. }
+                    | LoadError::KvMemory { .. }
+                    | LoadError::Option { .. }
+            ) | Self::Objectives(_)
+                | Self::NoModel
+        )
+    }
+}
+
+/// What a device gives.
+struct Loaded {
+    executor: Box<dyn Executor>,
+    tokenizer: Arc<Tokenizer>,
+    chat_template: Arc<ChatTemplate>,
+    default_chat_tokens: Option<u32>,
+}
+
+/// Loads the model, times the device and starts the engine; then the app is ready. Takes seconds
+/// to minutes: call it on a thread of its own.
+pub fn start(args: &Args, app: &Arc<App>) -> Result<(), StartError> {
+    let clock = RealClock::new();
+    let mut loaded = match args.device {
+        Device::Simulated => load_simulated(args, app, clock)?,
+        // The command line has been checked: other devices are not in this build.
+        Device::Cpu | Device::Cuda => load_cpu(args, app)?,
+    };
+    app.lifecycle.set_progress(LOAD_SHARE);
+    let prior = calibrate(&mut *loaded.executor)?;
+    let capacity = loaded.executor.capacity();
+    let metrics = app.metrics.engine_started(capacity.max_model_len)?;
+    let on_failure = {
+        let lifecycle = app.lifecycle.clone();
+        Box::new(move |message| lifecycle.fail(message))
+    };
+    let engine = EngineHandle::start(EngineStart {
+        executor: loaded.executor,
+        clock,
+        limits: limits(args, capacity),
+        config: EngineConfig {
+            max_waiting: args.max_waiting,
+            law_prior: prior,
+        },
+        objectives: args.objectives()?,
+        eos_token_ids: loaded.tokenizer.eos_token_ids().to_vec(),
+        metrics,
+        on_failure,
+    })
+    .map_err(StartError::Thread)?;
+    tracing::info!(
+        model = &*app.model_name,
+        max_model_len = capacity.max_model_len,
+        kv_capacity_tokens = u64::from(capacity.blocks) * u64::from(capacity.block_size),
+        law_base_seconds = prior.law.base,
+        law_per_token_seconds = prior.law.per_token,
+        "loaded"
+    );
+    app.serving
+        .set(Serving {
+            engine,
+            tokenizer: loaded.tokenizer,
+            chat_template: loaded.chat_template,
+            max_model_len: capacity.max_model_len,
+            max_waiting: args.max_waiting,
+            default_chat_tokens: loaded.default_chat_tokens,
+        })
+        .map_err(|_| StartError::Twice)?;
+    app.lifecycle.set_ready();
+    Ok(())
+}
+
+/// The dials to start with.
+fn limits(args: &Args, capacity: Capacity) -> Limits {
+    for (flag, asked, ceiling) in [
+        ("--max-num-seqs", args.max_num_seqs, capacity.max_num_seqs),
+        (
+            "--max-num-batched-tokens",
+            args.max_num_batched_tokens,
+            capacity.max_num_batched_tokens,
+        ),
+    ] {
+        if asked > ceiling {
+            tracing::warn!(flag, asked, ceiling, "lowered to what the device allows");
+        }
+    }
+    Limits {
+        max_num_seqs: args.max_num_seqs.min(capacity.max_num_seqs),
+        max_num_batched_tokens: args
+            .max_num_batched_tokens
+            .min(capacity.max_num_batched_tokens),
+    }
+}
+
+fn load_simulated(args: &Args, app: &App, clock: RealClock) -> Result<Loaded, StartError> {
+    let steps = 100;
+    for step in 0..steps {
+        app.lifecycle
+            .set_progress(LOAD_SHARE * f64::from(step) / f64::from(steps));
+        std::thread::sleep(Duration::from_secs_f64(
+            args.simulated_load_seconds / f64::from(steps),
+        ));
+    }
+    let profile = args.profile();
+    Ok(Loaded {
+        tokenizer: Arc::new(Tokenizer::simulated(profile.vocabulary.end)),
+        chat_template: Arc::new(ChatTemplate::chatml()?),
+        executor: Box::new(SimulatedExecutor::new(profile, clock)),
+        default_chat_tokens: Some(SIMULATED_CHAT_TOKENS),
+    })
+}
+
+fn load_cpu(args: &Args, app: &App) -> Result<Loaded, StartError> {
+    let path = args.model.as_deref().ok_or(StartError::NoModel)?;
+    let defaults = LoadOptions::default();
+    let options = LoadOptions {
+        max_model_len: args.max_model_len,
+        kv_memory: match args.kv_cache_memory_bytes {
+            Some(bytes) => KvMemory::Bytes(bytes),
+            None => KvMemory::Utilization(args.gpu_memory_utilization),
+        },
+        threads: args.threads.map(|n| n as usize),
+        // A dial that is asked for is within its own ceiling.
+        max_num_seqs: defaults.max_num_seqs.max(args.max_num_seqs),
+        max_num_batched_tokens: defaults
+            .max_num_batched_tokens
+            .max(args.max_num_batched_tokens),
+    };
+    let model = LoadedModel::load(path, &options, &|progress| {
+        app.lifecycle
+            .set_progress(LOAD_SHARE * f64::from(progress.percent) / 100.0);
+    })?;
+    tracing::info!(
+        name = model.info.name.as_deref().unwrap_or(""),
+        architecture = model.info.architecture,
+        parameters = model.info.parameters,
+        weight_bytes = model.info.weight_bytes,
+        threads = model.info.threads,
+        "model"
+    );
+    Ok(Loaded {
+        executor: Box::new(model.executor),
+        tokenizer: model.tokenizer,
+        chat_template: model.chat_template,
+        default_chat_tokens: None,
+    })
+}
