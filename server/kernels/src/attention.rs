@@ -158,7 +158,8 @@ fn write_keys_values(
     cache: &mut KvCache,
 ) {
     let size = shape.head_size;
-    cache.write(|head, writer| {
+    let tokens = sequences.iter().map(|s| s.rows).sum();
+    cache.write(tokens, |head, writer| {
         let mut key = vec![0.0; size];
         let mut rows = qkv.chunks_exact(qkv_stride);
         for sequence in sequences {

@@ -1,11 +1,15 @@
 //! The paged KV cache of one layer.
 
 use half::f16;
+use rayon::iter::{ParallelBridge, ParallelIterator};
 
-use crate::{buffer::F16Buffer, error::KernelError, parallel::parallel, tile::LANES};
+use crate::{buffer::F16Buffer, error::KernelError, tile::LANES};
 
 /// Tokens a block. A block's keys are one panel of 16 tokens, so this is the panel's width.
 pub const BLOCK_SIZE: usize = LANES;
+
+/// Tokens that are worth writing in parallel.
+const LEAST_TOKENS: usize = 32;
 
 /// Keys and values of one layer in blocks of [`BLOCK_SIZE`] tokens, which the scheduler hands out.
 ///
@@ -68,29 +72,20 @@ impl KvCache {
         &self.data.as_slice()[start..start + self.half_len()]
     }
 
-    /// Writes the keys and values of some tokens, the heads in parallel. `write` is called for
-    /// each head and puts the tokens' halves in place.
-    pub(crate) fn write(&mut self, write: impl Fn(usize, &mut HeadWriter) + Sync) {
+    /// Writes the keys and values of `tokens` tokens. `write` is called for each head, from several
+    /// threads at once if that is worth it, and puts the tokens' values in place.
+    pub(crate) fn write(&mut self, tokens: usize, write: impl Fn(usize, &mut HeadWriter) + Sync) {
         let (head_size, half) = (self.head_size, self.half_len());
         let head_len = (self.blocks * 2 * half).max(1);
-        let heads: Vec<std::sync::Mutex<&mut [f16]>> = self
-            .data
-            .as_mut_slice()
-            .chunks_mut(head_len)
-            .map(std::sync::Mutex::new)
-            .collect();
-        parallel(heads.len(), |head| {
-            // Each head's lock is taken once, by its only task.
-            if let Ok(mut data) = heads[head].lock() {
-                write(
-                    head,
-                    &mut HeadWriter {
-                        head_size,
-                        data: &mut data,
-                    },
-                );
-            }
-        });
+        let heads = self.data.as_mut_slice().chunks_mut(head_len).enumerate();
+        let write = |(head, data): (usize, &mut [f16])| {
+            write(head, &mut HeadWriter { head_size, data });
+        };
+        if tokens < LEAST_TOKENS {
+            heads.for_each(write);
+        } else {
+            heads.par_bridge().for_each(write);
+        }
     }
 }
 
@@ -135,7 +130,7 @@ mod tests {
         let mut random = Random(1);
         let (key, value) = (random.values(32), random.values(32));
         let mut cache = KvCache::new(3, 2, 32).unwrap();
-        cache.write(|head, writer| {
+        cache.write(1, |head, writer| {
             if head == 1 {
                 writer.put(2, 5, &key, &value);
             }

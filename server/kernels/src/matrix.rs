@@ -66,7 +66,7 @@ impl Matrix {
     }
 
     pub fn bytes(&self) -> usize {
-        self.data.as_slice().len() * size_of::<f16>()
+        size_of_val(self.data.as_slice())
     }
 
     /// One row as f32: a token's embedding, where this is the embedding table.

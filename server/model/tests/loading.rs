@@ -85,6 +85,32 @@ fn a_file_cut_anywhere_is_an_error() {
 }
 
 #[test]
+fn no_change_of_a_header_byte_panics() {
+    let (_folder, path) = write_changed(|file| {
+        file.metadata
+            .insert("general.alignment".into(), Value::U32(32));
+    });
+    let bytes = std::fs::read(&path).unwrap();
+    let changed = path.with_extension("changed");
+    // Tensor data makes up the last part; most of the header is the vocabulary.
+    let header = bytes.len() / 5;
+    let mut failed = 0;
+    for (i, place) in tiny::random(1, 400).enumerate() {
+        let mut bytes = bytes.clone();
+        let place = 4 + ((place + 1.0) / 2.0 * (header - 5) as f32) as usize;
+        bytes[place] = [0, 1, 0x7F, 0x80, 0xFF][i % 5];
+        std::fs::write(&changed, &bytes).unwrap();
+        failed += usize::from(load(&changed, &options()).is_err());
+    }
+    assert!(failed > 50, "only {failed} of 400 changes were noticed");
+    let alignment = load_changed(|file| {
+        file.metadata
+            .insert("general.alignment".into(), Value::U32(0));
+    });
+    assert_error(alignment, &["damaged or unreadable"]);
+}
+
+#[test]
 fn what_isnt_supported_is_named_with_its_value() {
     let set = |key: &'static str, value: Value| {
         load_changed(move |file| {

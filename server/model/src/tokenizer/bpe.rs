@@ -35,6 +35,9 @@ const END_OF_GENERATION: [&str; 7] = [
     "<EOT>",
 ];
 
+/// Words whose tokens are remembered, by each thread that encodes: there may be hundreds.
+const CACHED_WORDS: usize = 1000;
+
 const LLAMA3_SPLIT: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
 
 pub(super) struct Bpe {
@@ -94,6 +97,7 @@ impl Bpe {
         let bpe = BPE::builder()
             .vocab_and_merges(vocab, merges)
             .ignore_merges(pre.ignore_merges)
+            .cache_capacity(CACHED_WORDS)
             .build()
             .map_err(|e| failed(e.to_string()))?;
         let mut inner = tokenizers::Tokenizer::new(bpe);
