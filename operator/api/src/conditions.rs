@@ -180,3 +180,106 @@ fn shorten(message: &str) -> String {
     }
     format!("{}…", &message[..end])
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn at(second: i64) -> Time {
+        Time(k8s_openapi::jiff::Timestamp::from_second(second).unwrap())
+    }
+
+    fn ready(status: impl Into<Status>, message: &str) -> Finding {
+        Finding::new(types::READY, status, reasons::REPLICAS_READY, message)
+    }
+
+    #[test]
+    fn a_new_condition_is_dated_now() {
+        let mut conditions = Vec::new();
+        assert!(set_condition(
+            &mut conditions,
+            &ready(true, "2 of 2"),
+            Some(3),
+            &at(10)
+        ));
+        let condition = find(&conditions, types::READY).unwrap();
+        assert_eq!(condition.last_transition_time, at(10));
+        assert_eq!(condition.observed_generation, Some(3));
+        assert!(is_true(&conditions, types::READY));
+        assert!(!is_true(&conditions, types::AVAILABLE));
+    }
+
+    #[test]
+    fn the_date_moves_with_the_status_only() {
+        let mut conditions = Vec::new();
+        set_condition(&mut conditions, &ready(true, "2 of 2"), Some(3), &at(10));
+        assert!(!set_condition(
+            &mut conditions,
+            &ready(true, "2 of 2"),
+            Some(3),
+            &at(20)
+        ));
+        assert!(set_condition(
+            &mut conditions,
+            &ready(true, "1 of 2"),
+            Some(4),
+            &at(30)
+        ));
+        assert_eq!(conditions[0].last_transition_time, at(10));
+        assert_eq!(conditions[0].message, "1 of 2");
+        assert_eq!(conditions[0].observed_generation, Some(4));
+        assert!(set_condition(
+            &mut conditions,
+            &ready(Status::Unknown, ""),
+            Some(4),
+            &at(40)
+        ));
+        assert_eq!(conditions[0].last_transition_time, at(40));
+        assert_eq!(conditions.len(), 1);
+    }
+
+    #[test]
+    fn an_overlong_message_is_cut_between_characters() {
+        let mut conditions = Vec::new();
+        let message = "é".repeat(MAX_MESSAGE_BYTES);
+        set_condition(&mut conditions, &ready(false, &message), None, &at(1));
+        assert!(conditions[0].message.len() <= MAX_MESSAGE_BYTES);
+        assert!(conditions[0].message.ends_with("é…"));
+    }
+
+    proptest! {
+        /// Whatever is found in whatever order: one condition a type, dated by its last change of
+        /// status, and a second telling of the same changes nothing.
+        #[test]
+        fn conditions_tell_the_last_finding(
+            findings in prop::collection::vec((0..3usize, 0..3usize, "[a-z]{0,3}"), 1..40)
+        ) {
+            const TYPES: [&str; 3] = [types::READY, types::AVAILABLE, types::SCHEDULED];
+            const STATUSES: [Status; 3] = [Status::True, Status::False, Status::Unknown];
+            let mut conditions = Vec::new();
+            let mut expected = [None::<(Status, i64, String)>, None, None];
+            for (second, (type_, status, message)) in (0..).zip(findings) {
+                let status = STATUSES[status];
+                let finding = Finding::new(TYPES[type_], status, reasons::STEADY, message.as_str());
+                let since = match &expected[type_] {
+                    Some((before, since, _)) if *before == status => *since,
+                    _ => second,
+                };
+                let before = conditions.clone();
+                let changed = set_condition(&mut conditions, &finding, Some(1), &at(second));
+                prop_assert_eq!(changed, before != conditions);
+                prop_assert!(!set_condition(&mut conditions, &finding, Some(1), &at(second + 100)));
+                expected[type_] = Some((status, since, message));
+            }
+            for (type_, expected) in TYPES.iter().zip(expected) {
+                let found = find(&conditions, type_)
+                    .map(|c| (c.status.clone(), c.last_transition_time.clone(), c.message.clone()));
+                let expected = expected
+                    .map(|(status, since, message)| (status.as_str().to_owned(), at(since), message));
+                prop_assert_eq!(found, expected);
+            }
+        }
+    }
+}

@@ -277,3 +277,58 @@ impl InferenceServiceSpec {
         self.model.served_name.as_deref().unwrap_or(object_name)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(source: &str) -> Result<Option<ModelSource>, String> {
+        let source = Some(source.to_owned());
+        Model {
+            source,
+            served_name: None,
+        }
+        .parse_source()
+    }
+
+    #[test]
+    fn sources_are_parsed() {
+        let claim = ModelSource::Claim {
+            claim: "models".to_owned(),
+            path: "llama/3b.gguf".to_owned(),
+        };
+        assert_eq!(parse("pvc://models/llama/3b.gguf"), Ok(Some(claim)));
+        let file = ModelSource::File {
+            path: "/models/3b.gguf".to_owned(),
+        };
+        assert_eq!(parse("file:///models/3b.gguf"), Ok(Some(file)));
+        assert_eq!(Model::default().parse_source(), Ok(None));
+    }
+
+    #[test]
+    fn other_sources_are_refused_by_name() {
+        for source in [
+            "",
+            "pvc://",
+            "pvc://models",
+            "pvc://models/",
+            "pvc:///3b.gguf",
+            "file://3b.gguf",
+            "file:///",
+            "hf://org/name",
+            "/models/3b.gguf",
+        ] {
+            let error = parse(source).unwrap_err();
+            assert!(error.contains(&format!("{source:?}")), "{error}");
+        }
+    }
+
+    #[test]
+    fn the_object_is_named_when_no_other_name_is_served() {
+        let minimal = serde_json::json!({"engine": {"device": "cpu"}});
+        let mut spec: InferenceServiceSpec = serde_json::from_value(minimal).unwrap();
+        assert_eq!(spec.served_name("smollm2"), "smollm2");
+        spec.model.served_name = Some("org/other".to_owned());
+        assert_eq!(spec.served_name("smollm2"), "org/other");
+    }
+}

@@ -2,6 +2,9 @@
 //!
 //! `UPDATE=1 cargo test --release -p stoker-api` rewrites them.
 
+// Helpers of tests are tests too; clippy.toml lets only #[test] functions off.
+#![allow(clippy::unwrap_used, clippy::expect_used)]
+
 mod reference;
 
 use std::path::{Path, PathBuf};
