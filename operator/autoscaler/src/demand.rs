@@ -10,9 +10,9 @@ const SLOW: f64 = 60.0;
 /// Seconds within which requests that wait should be served beside those that come.
 const CLEARING: f64 = 30.0;
 /// A mix that was known before counts like this many requests.
-const KNOWN_BEFORE: f64 = 10.0;
+const KNOWN_BEFORE: f64 = 30.0;
 /// A guess counts like this many.
-const GUESSED: f64 = 2.0;
+const GUESSED: f64 = 4.0;
 
 #[derive(Clone, Debug)]
 pub(crate) struct Demand {
@@ -22,7 +22,7 @@ pub(crate) struct Demand {
     pub rate_down: f64,
     /// Requests a second that it takes to clear what waits.
     pub backlog_rate: f64,
-    /// Requests running or waiting in the fleet, likewise.
+    /// Requests running or waiting in the fleet: for sure, and at most.
     pub in_flight_up: f64,
     pub in_flight_down: f64,
     /// The most that one replica had in the last minute.
@@ -93,12 +93,10 @@ fn mix(slow: &Window, before: Option<Mix>) -> (Mix, bool) {
     let blend = |sum: f64, count: f64, prior: f64| (sum + weight * prior) / (count + weight);
 
     let prompt = blend(slow.prompt_tokens_received, slow.received, prior.prompt);
-    let (outputs, ended) = if slow.generation_length.count >= 1.0 {
-        (slow.generation_length.sum, slow.generation_length.count)
-    } else {
-        (0.0, 0.0)
-    };
-    let output = blend(outputs, ended, prior.output);
+    // Tokens of answers that go on count as well: those that have ended are the short ones while
+    // load is young. (For exponentially distributed lengths this is the estimate of most likelihood.)
+    let ended = slow.finished;
+    let output = blend(slow.generated, ended, prior.output);
     let lengths = &slow.prompt_length;
     let counted = lengths.total();
     let variation = lengths

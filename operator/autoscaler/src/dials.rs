@@ -3,10 +3,12 @@
 use crate::model::{Capacity, ReplicaModel};
 use crate::observation::{DialRange, Dials, Limits};
 
-/// A dial that would move by less than this share stays where it is.
-const DEAD_BAND: f64 = 0.1;
+/// A dial that would move by less than this share stays where it is. The cap that the budget can
+/// feed goes with the ratio of answers to prompts, which is known only roughly.
+const BUDGET_BAND: f64 = 0.1;
+const CAP_BAND: f64 = 0.25;
 /// A budget is kept while it is worth at least this share of the best one.
-const GOOD_ENOUGH: f64 = 0.97;
+const GOOD_ENOUGH: f64 = 0.93;
 /// Among budgets worth this share of the best one the smallest is taken: it has the shortest steps.
 const AS_GOOD: f64 = 0.99;
 /// Seconds before a dial may go back on its last move.
@@ -85,7 +87,7 @@ pub(crate) fn distance(a: Dials, b: Dials) -> f64 {
 
 /// Whether a step from one setting to the other is one that people would call a move.
 pub(crate) fn alike(a: Dials, b: Dials) -> bool {
-    distance(a, b) < DEAD_BAND
+    distance(a, b) < BUDGET_BAND
 }
 
 /// What the law allows: dials, and what they carry.
@@ -178,6 +180,7 @@ pub(crate) fn settled(
     let budget = turn(
         current.max_num_batched_tokens,
         best.dials.max_num_batched_tokens,
+        BUDGET_BAND,
         urgent,
         now,
         &mut motion.budget,
@@ -187,6 +190,7 @@ pub(crate) fn settled(
     let cap = turn(
         current.max_num_seqs,
         following(best.dials.max_num_seqs, peak, current.max_num_seqs, caps),
+        CAP_BAND,
         urgent,
         now,
         &mut motion.cap,
@@ -201,11 +205,19 @@ pub(crate) fn settled(
     Some(Choice { dials, capacity })
 }
 
-fn turn(current: u32, wanted: u32, urgent: bool, now: f64, last: &mut Option<(f64, bool)>) -> u32 {
+fn turn(
+    current: u32,
+    wanted: u32,
+    band: f64,
+    urgent: bool,
+    now: f64,
+    last: &mut Option<(f64, bool)>,
+) -> u32 {
     let change = (f64::from(wanted) - f64::from(current)).abs() / f64::from(current.max(1));
     let upwards = wanted > current;
     let reverses = last.is_some_and(|(at, up)| up != upwards && now - at < BEFORE_REVERSAL);
-    if change < DEAD_BAND || (reverses && (upwards || !urgent)) {
+    let urgent = urgent && !upwards;
+    if wanted == current || (!urgent && (change < band || reverses)) {
         return current;
     }
     *last = Some((now, upwards));

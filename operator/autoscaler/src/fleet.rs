@@ -115,7 +115,6 @@ pub(crate) struct Window {
     pub ttft: Histogram,
     pub itl: Histogram,
     pub prompt_length: Histogram,
-    pub generation_length: Histogram,
     /// Requests running or waiting, averaged over time and summed over replicas.
     pub in_flight: f64,
     /// The most that one replica had.
@@ -259,7 +258,6 @@ fn add(window: &mut Window, track: &VecDeque<Snapshot>, start: f64, end: f64) {
         window.ttft.add(&a.ttft.since(&b.ttft));
         window.itl.add(&a.itl.since(&b.itl));
         (window.prompt_length).add(&a.prompt_length.since(&b.prompt_length));
-        (window.generation_length).add(&a.generation_length.since(&b.generation_length));
     }
 }
 

@@ -111,7 +111,7 @@ pub fn decide(
             let moved_at = memory.motion.last();
             let misses = &mut memory.misses;
             replicas::learn_from_misses(&scene, demand, tuned.capacity, need, misses, moved_at);
-            let plan = replicas::plan(&scene, demand, need, current, memory);
+            let plan = replicas::plan(&scene, demand, tuned.capacity, need, current, memory);
             facts.need = need;
             (plan.replicas(), facts.of(plan, demand))
         }

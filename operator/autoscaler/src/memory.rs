@@ -32,6 +32,8 @@ pub struct Memory {
     pub(crate) low: Low,
     pub(crate) raised_at: Option<f64>,
     pub(crate) lowered_at: Option<f64>,
+    /// Scale-downs of late that had to be taken back.
+    pub(crate) regrets: u32,
     pub(crate) misses: Misses,
 
     /// The dials were set by somebody who knew more: they stay until the mix is known again.

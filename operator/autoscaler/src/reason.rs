@@ -26,7 +26,7 @@ impl Facts<'_> {
         let census = &self.scene.census;
         if census.ready() == 0 && census.unschedulable > 0 {
             let message = format!(
-                "No replica is ready: {} without a node that has a free accelerator, {} starting.",
+                "No replica is ready: {} without a node that has room for it, {} starting.",
                 replicas(census.unschedulable),
                 census.starting
             );
@@ -67,20 +67,19 @@ impl Facts<'_> {
                     self.for_misses()
                 ),
             ),
-            Plan::Lower { from, to } => (
+            Plan::Lower { from, to, seconds } => (
                 ReasonCode::ScaleDown,
                 format!(
-                    "From {from} to {}: {} has needed no more for {:.0} s{}.",
+                    "From {from} to {}: {} has needed no more for {seconds} s{}.",
                     replicas(to),
                     self.load(demand),
-                    self.scene.limits.scale_down_stabilization_seconds,
                     self.one_carries()
                 ),
             ),
             Plan::KeepUnschedulable(_) => (
                 ReasonCode::WaitingForAccelerator,
                 format!(
-                    "{} without a node that has a free accelerator: {} ready and the dials \
+                    "{} without a node that has room for it: {} ready and the dials \
                      ({}) carry {} alone; {} needed.",
                     replicas(census.unschedulable),
                     replicas(census.ready()),
@@ -149,14 +148,24 @@ impl Facts<'_> {
         if !demand.idle && demand.mix_known {
             text.push_str(&format!(" of {:.0} + {:.0} tokens", mix.prompt, mix.output));
         }
-        if demand.load.waiting > 0 {
-            text.push_str(&format!(" and {} waiting", demand.load.waiting));
+        let load = demand.load;
+        if load.waiting > 0 {
+            text.push_str(&format!(
+                ", {} running and {} waiting",
+                load.running, load.waiting
+            ));
+        } else if self.need.by_in_flight {
+            text.push_str(&format!(", {} running", load.running));
         }
         text
     }
 
     fn one_carries(&self) -> String {
         match self.capacity {
+            Some(one) if self.need.by_in_flight => format!(
+                "; one carries {:.0} at a time within its objectives",
+                one.in_flight
+            ),
             Some(one) => format!("; one carries {}/s within its objectives", rate(one.rate)),
             None => "; no replica's step-time law is trusted yet".to_owned(),
         }

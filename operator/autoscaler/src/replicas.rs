@@ -20,6 +20,10 @@ const AFTERMATH: f64 = 90.0;
 const EXTRA_KEPT: f64 = 900.0;
 /// Least seconds between two steps down.
 const BETWEEN_STEPS: f64 = 10.0;
+/// Seconds within which a raise means that the scale-down before it was a mistake.
+const REGRET: f64 = 300.0;
+/// A scale-down waits for at most one and this many stabilization times.
+const MOST_REGRETS: u32 = 3;
 
 /// Replicas that the load needs.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -28,6 +32,8 @@ pub(crate) struct Need {
     pub up: u32,
     /// To keep: demand that may be. Never less than `up`.
     pub down: u32,
+    /// `up` follows from the requests in flight rather than from their rate.
+    pub by_in_flight: bool,
 }
 
 /// `capacity` is a replica's by the law; without one the cap in force is what counts.
@@ -38,8 +44,11 @@ pub(crate) fn need(
     ready: u32,
     extra: u32,
 ) -> Need {
+    if demand.idle {
+        return Need::default();
+    }
     let whole = |x: f64| (x - 1e-9).ceil().max(0.0) as u32;
-    let (up, down) = match capacity {
+    let (by_rate, by_in_flight, down) = match capacity {
         Some(one) => {
             let rate_up = demand.rate_up + demand.backlog_rate;
             let rate_down = demand.rate_down + demand.backlog_rate;
@@ -47,28 +56,24 @@ pub(crate) fn need(
             // Clients that wait for an answer before they ask again slow down with the fleet: what
             // is in flight tells of demand that the rate doesn't. An open queue looks the same and
             // asks for far too much, so each look adds half at most.
-            let by_in_flight = whole(demand.in_flight_up / one.in_flight);
             let most = by_rate.max(ready);
-            let up = by_rate.max(by_in_flight.min(most.saturating_add(most.div_ceil(2)).max(1)));
+            let most = most.saturating_add(most.div_ceil(2)).max(1);
+            let by_in_flight = whole(demand.in_flight_up / one.in_flight).min(most);
             let down = whole(rate_down / (PLANNED_AFTER * one.rate))
                 .max(whole(demand.in_flight_down / (PLANNED * one.in_flight)));
-            (up, down)
+            (by_rate, by_in_flight, down)
         }
         None => {
             let one = PLANNED_CAP * f64::from(cap.max(1));
-            (
-                whole(demand.in_flight_up / one),
-                whole(demand.in_flight_down / one),
-            )
+            let by_in_flight = whole(demand.in_flight_up / one);
+            (0, by_in_flight, whole(demand.in_flight_down / one))
         }
     };
-    if demand.idle {
-        return Need::default();
-    }
-    let up = up.saturating_add(extra);
+    let up = by_rate.max(by_in_flight).saturating_add(extra);
     Need {
         up,
         down: down.saturating_add(extra).max(up),
+        by_in_flight: by_in_flight > by_rate,
     }
 }
 
@@ -90,17 +95,12 @@ pub(crate) fn learn_from_misses(
     if need.up > census.ready() || census.unschedulable > 0 || !census.complete() || !settled {
         misses.shortage_at = now;
     }
-    let Some(one) = capacity.filter(|_| now - misses.shortage_at >= AFTERMATH) else {
+    if now - misses.shortage_at < AFTERMATH {
         return;
-    };
-    let ended = demand.good + demand.missed;
-    let allowed = ended * (1.0 - scene.objectives.good_percent.clamp(0.0, 100.0) / 100.0);
-    let ready = f64::from(census.ready());
-    // Where replicas are nearly idle more of them won't help.
-    let used = demand.rate_up / (ready * one.rate).max(1e-9);
+    }
     let most = need.up.saturating_sub(misses.extra).div_ceil(2).max(1);
-    if ended >= 20.0 && demand.missed > allowed + 2.0 * allowed.max(1.0).sqrt() {
-        if used >= 0.3 && misses.extra < most {
+    if suffers(scene, demand, capacity, census.ready()) {
+        if misses.extra < most {
             misses.extra += 1;
             misses.changed_at = now;
         }
@@ -110,6 +110,17 @@ pub(crate) fn learn_from_misses(
     }
 }
 
+/// Whether more requests miss their objectives than chance explains, while `replicas` are used so
+/// much that more of them would help.
+fn suffers(scene: &Scene, demand: &Demand, capacity: Option<Capacity>, replicas: u32) -> bool {
+    let ended = demand.good + demand.missed;
+    let allowed = ended * (1.0 - scene.objectives.good_percent.clamp(0.0, 100.0) / 100.0);
+    let used = capacity.map_or(1.0, |one| {
+        demand.rate_up / (f64::from(replicas) * one.rate).max(1e-9)
+    });
+    ended >= 20.0 && demand.missed > allowed + 2.0 * allowed.max(1.0).sqrt() && used >= 0.3
+}
+
 /// What is done about the replicas, and why.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Plan {
@@ -117,9 +128,11 @@ pub(crate) enum Plan {
         from: u32,
         to: u32,
     },
+    /// Demand has been low for so many seconds.
     Lower {
         from: u32,
         to: u32,
+        seconds: u32,
     },
     Keep(u32),
     /// Some pods find no node: no more are ordered.
@@ -168,31 +181,29 @@ pub(crate) fn in_force(memory: &mut Memory, observed: u32, limits: &Limits, now:
 pub(crate) fn plan(
     scene: &Scene,
     demand: &Demand,
+    capacity: Option<Capacity>,
     need: Need,
     current: u32,
     memory: &mut Memory,
 ) -> Plan {
     let (census, limits, now) = (&scene.census, scene.limits, scene.now);
-    let stabilization = match limits.scale_down_stabilization_seconds {
-        s if s.is_finite() => s.clamp(0.0, 86_400.0),
-        _ => 300.0,
-    };
-    memory.low.note(now, need.down, stabilization);
-    let before = memory.last_need.replace(need.up);
-    // One odd look isn't enough to order anything.
-    let sure = bounded(need.up.min(before.unwrap_or(0)), limits);
     // Without a replica nobody could tell of demand.
     let floor = bounded(limits.min_replicas.max(1), limits);
+    let patience = patience(limits, demand, memory);
+    memory.low.note(now, need.down, patience);
+    // One odd look isn't enough to order anything.
+    let before = memory.last_need.replace(need.up);
+    let sure = bounded(need.up.min(before.unwrap_or(0)), limits).max(floor);
 
-    if sure.max(floor) > current {
+    if sure > current {
         if census.unschedulable > 0 {
             return Plan::KeepUnschedulable(current);
         }
         let step = current.saturating_mul(2).max(current.saturating_add(2));
-        let to = bounded(sure.max(floor).min(step), limits);
+        let to = bounded(sure.min(step), limits);
         let recent = memory.raised_at.is_some_and(|at| now - at < BETWEEN_RAISES);
         if to > current && !recent {
-            memory.raised_at = Some(now);
+            remember_raise(memory, now, patience);
             return Plan::Raise { from: current, to };
         }
         return Plan::Keep(current);
@@ -203,20 +214,21 @@ pub(crate) fn plan(
     if need.up > current && current >= limits.max_replicas {
         return Plan::KeepAtMax(current);
     }
-    if need.down.max(floor) >= current || !census.complete() || census.ready() == 0 {
+    let fewer = need.down.max(floor) < current && census.complete() && census.ready() > 0;
+    if !fewer || (!demand.idle && suffers(scene, demand, capacity, current - 1)) {
         return Plan::Keep(current);
     }
     // The first step waits for the stabilization time, the next ones for as long as the fleet
     // needs to show how it bears the last.
     let pause = if demand.idle {
-        stabilization / 6.0
+        patience / 6.0
     } else {
-        stabilization / 2.0
+        patience / 2.0
     };
-    let pause = pause.max(BETWEEN_STEPS).min(stabilization.max(1.0));
+    let pause = pause.max(BETWEEN_STEPS).min(patience.max(1.0));
     let since = |at: Option<f64>| at.map_or(f64::INFINITY, |at| now - at);
-    let left = (stabilization - memory.low.lasted(now, current - 1))
-        .max(stabilization - since(memory.raised_at))
+    let left = (patience - memory.low.lasted(now, current - 1))
+        .max(patience - since(memory.raised_at))
         .max(pause - since(memory.lowered_at));
     if left > 0.0 {
         return Plan::KeepStabilizing {
@@ -228,5 +240,28 @@ pub(crate) fn plan(
     Plan::Lower {
         from: current,
         to: bounded(current - 1, limits),
+        seconds: patience.round() as u32,
     }
+}
+
+/// Seconds that demand must be low before a scale-down: the stabilization time, and longer after
+/// scale-downs that were regretted, unless nothing is asked at all.
+fn patience(limits: &Limits, demand: &Demand, memory: &Memory) -> f64 {
+    let stabilization = match limits.scale_down_stabilization_seconds {
+        s if s.is_finite() => s.clamp(0.0, 86_400.0),
+        _ => 300.0,
+    };
+    let regrets = if demand.idle { 0 } else { memory.regrets };
+    stabilization * f64::from(1 + regrets.min(MOST_REGRETS))
+}
+
+/// A raise soon after a scale-down says that this one was a mistake; one after a long time says
+/// nothing, and makes up for one.
+fn remember_raise(memory: &mut Memory, now: f64, patience: f64) {
+    let regretted = |at: f64| now - at < (2.0 * patience).max(REGRET);
+    memory.regrets = match memory.lowered_at {
+        Some(at) if regretted(at) => (memory.regrets + 1).min(MOST_REGRETS),
+        _ => memory.regrets.saturating_sub(1),
+    };
+    memory.raised_at = Some(now);
 }

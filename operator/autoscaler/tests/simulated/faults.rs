@@ -20,11 +20,11 @@ fn settled(stabilization: f64) -> Fleet {
 
 #[test]
 fn lost_samples_never_scale_down() {
-    // All of them, one replica's, and every second one of each.
+    // All of them, one replica's, and every second round.
     let losses: [fn(f64, &str) -> bool; 3] = [
         |_, _| true,
         |_, id| id == "pod-1",
-        |t, id| !(t / 2.0 + id.len() as f64).floor().rem_euclid(2.0).eq(&0.0),
+        |t, _| (t / 2.0).floor() % 2.0 == 0.0,
     ];
     for (i, lost) in losses.into_iter().enumerate() {
         let mut fleet = settled(30.0);
@@ -33,11 +33,11 @@ fn lost_samples_never_scale_down() {
         let from = fleet.history.len();
         // The load falls while nobody can tell for sure.
         fleet.run(200.0, |_| Clients::Open(0.2));
-        for moment in &fleet.history[from + 1..] {
-            if i < 2 {
-                assert!(moment.decision.replicas >= before, "{moment:?}");
-            }
-        }
+        // Where a sample is missing now and then, the rounds that have all may decide.
+        let lowered = fleet.history[from + 1..]
+            .iter()
+            .any(|m| m.decision.replicas < before);
+        assert_eq!(lowered, i == 2, "{:?}", fleet.last());
         let code = fleet.last().decision.reason.code;
         assert!(i != 0 || code == ReasonCode::NoData, "{code:?}");
         fleet.lost = Box::new(|_, _| false);

@@ -81,11 +81,13 @@ pub struct Lengths {
 /// A decision with what was around it.
 #[derive(Clone, Debug)]
 pub struct Moment {
-    pub t: f64,
     pub ready: u32,
     pub unschedulable: u32,
     pub decision: Decision,
 }
+
+/// Says of a time and a replica whether the scrape is lost.
+pub type Losses = Box<dyn Fn(f64, &str) -> bool>;
 
 pub struct Fleet {
     pub t: f64,
@@ -101,8 +103,7 @@ pub struct Fleet {
     pub replicas: Vec<Replica>,
     pub desired: u32,
     pub history: Vec<Moment>,
-    /// Whether a replica's scrape is lost at a time.
-    pub lost: Box<dyn Fn(f64, &str) -> bool>,
+    pub lost: Losses,
     next_decision: f64,
     next_arrival: f64,
     clients: usize,
@@ -316,7 +317,6 @@ impl Fleet {
         self.reconcile();
         let phase = |p: Phase| observation.replicas.iter().filter(|r| r.phase == p).count() as u32;
         self.history.push(Moment {
-            t: self.t,
             ready: phase(Phase::Ready),
             unschedulable: phase(Phase::Unschedulable),
             decision,
@@ -324,7 +324,7 @@ impl Fleet {
     }
 
     pub fn last(&self) -> &Moment {
-        self.history.last().expect("a decision was made")
+        &self.history[self.history.len() - 1]
     }
 
     /// Good and all requests that ended since the fleet began; those of replicas that are gone
