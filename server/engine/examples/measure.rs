@@ -82,13 +82,13 @@ fn scheduler_cost(sequences: u64) -> Result<(f64, f64), Box<dyn std::error::Erro
     Ok((mean, median))
 }
 
-fn direct(batch: u64, prompt: usize) -> Result<f64, Box<dyn std::error::Error>> {
+fn direct(profile: Profile, batch: u64, prompt: usize) -> Result<f64, Box<dyn std::error::Error>> {
     let clock = RealClock::new();
     let limits = Limits {
         max_num_seqs: 256,
         max_num_batched_tokens: 2048,
     };
-    let executor = SimulatedExecutor::new(Profile::t4(), clock);
+    let executor = SimulatedExecutor::new(profile, clock);
     let mut engine = Engine::new(executor, limits, EngineConfig::default());
     let start = Instant::now();
     for id in 0..batch {
@@ -116,14 +116,20 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
             start.elapsed()
         );
     }
-    println!("simulated T4, 100 new tokens each:");
-    for (batch, published) in [(1, 37.0), (2, 69.0), (4, 135.6), (8, 265.1)] {
-        for prompt in [16, 32] {
-            let rate = direct(batch, prompt)?;
-            let error = 100.0 * (rate / published - 1.0);
-            println!(
-                "  batch {batch}, prompt {prompt}: {rate:6.1} tok/s, {error:+.1} % of {published}"
-            );
+    println!("100 new tokens each, on a real clock:");
+    let t4 = [(1, 37.0), (2, 69.0), (4, 135.6), (8, 265.1)];
+    let h100 = [(1, 426.0), (8, 3212.0), (64, 17247.0)];
+    for (profile, figures) in [(Profile::t4(), t4.as_slice()), (Profile::h100(), &h100)] {
+        for &(batch, measured) in figures {
+            for prompt in [16, 32] {
+                let rate = direct(profile.clone(), batch, prompt)?;
+                let error = 100.0 * (rate / measured - 1.0);
+                println!(
+                    "  {}, batch {batch}, prompt {prompt}: {rate:.1} tok/s, {error:+.1} % of \
+                     {measured}",
+                    profile.name
+                );
+            }
         }
     }
     Ok(())

@@ -5,7 +5,6 @@ use stoker_law::{LawFit, Prior};
 use crate::executor::{
     BlockId, Capacity, Executor, ExecutorError, InputToken, Row, Sampling, StepBatch,
 };
-use crate::simulated::shape_of;
 
 /// Steps of the sweep: decoding sequences, cached tokens of each, tokens of a prompt chunk. What
 /// tells most comes first, for devices on which the time runs out.
@@ -16,11 +15,11 @@ const SWEEP: [(u32, u32, u32); 14] = [
     (0, 0, 128),
     (16, 128, 0),
     (0, 0, 256),
-    (1, 1024, 0),
+    (2, 1500, 0),
     (8, 256, 0),
     (0, 0, 64),
     (32, 64, 0),
-    (16, 512, 0),
+    (16, 1024, 0),
     (8, 128, 64),
     (0, 0, 512),
     (64, 32, 0),
@@ -52,7 +51,7 @@ pub fn calibrate(executor: &mut dyn Executor) -> Result<Prior, ExecutorError> {
             let Some(batch) = scratch_batch(&capacity, decodes, context, chunk) else {
                 continue;
             };
-            let shape = shape_of(&batch);
+            let shape = batch.shape();
             let predicted = fit.law().step_seconds(shape);
             if spent > TIME_LIMIT || (spent > 0.0 && predicted > LONGEST_STEP) {
                 continue;
@@ -188,7 +187,7 @@ mod tests {
             let capacity = executor.capacity();
             if let Some(batch) = scratch_batch(&capacity, decodes, context, chunk) {
                 assert!(batch.rows.len() <= 4);
-                assert!(shape_of(&batch).tokens <= 64);
+                assert!(batch.shape().tokens <= 64);
                 assert!(
                     batch
                         .rows

@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use stoker_law::StepShape;
 use thiserror::Error;
 
 /// Index of a KV block of `block_size` tokens in the executor's memory.
@@ -53,6 +54,19 @@ pub struct Row {
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct StepBatch {
     pub rows: Vec<Row>,
+}
+
+impl StepBatch {
+    /// What the step contains, in the step-time law's terms.
+    pub fn shape(&self) -> StepShape {
+        let mut shape = StepShape::default();
+        for row in &self.rows {
+            shape.sequences += 1;
+            shape.tokens += row.tokens.len() as u32;
+            shape.kv_tokens += u64::from(row.start) + row.tokens.len() as u64;
+        }
+        shape
+    }
 }
 
 /// A submitted step.

@@ -108,7 +108,7 @@ impl Sequence {
             slot: seat.slot,
             tokens,
             start: start as u32,
-            blocks: seat.blocks.ids(end),
+            blocks: seat.blocks.ids(end).to_vec(),
             sample: sampled.then_some(self.request.sampling),
         };
         self.computed = end;

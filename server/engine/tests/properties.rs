@@ -1,5 +1,11 @@
 //! Under any mix of arrivals, aborts, dial changes and memory pressure: blocks are never leaked or
 //! shared, dials are kept, every request finishes, and its tokens are what it would get alone.
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    reason = "a failed assumption is a failed test"
+)]
 
 mod common;
 

@@ -1,4 +1,10 @@
 //! What a step contains, by example.
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    reason = "a failed assumption is a failed test"
+)]
 
 mod common;
 
@@ -166,6 +172,43 @@ fn a_lower_cap_preempts_nobody() {
     assert_eq!(log.last().rows.len(), 2);
     run(&mut engine, &clock);
     assert_eq!(engine.stats().preemptions_total, 0);
+}
+
+#[test]
+fn the_least_urgent_is_preempted() {
+    let small = Capacity {
+        blocks: 12,
+        ..CAPACITY
+    };
+    // The last to come among equals; but before that whoever has the higher number.
+    for (priorities, preempted) in [([0, 0, 0], 2), ([1, 0, 0], 0), ([0, 3, 2], 1)] {
+        let limits = Limits {
+            max_num_seqs: 8,
+            max_num_batched_tokens: 64,
+        };
+        let mut engine = Engine::new(PagedModel::new(small), limits, EngineConfig::default());
+        let clock = VirtualClock::new();
+        for (id, priority) in priorities.into_iter().enumerate() {
+            let request = Request {
+                priority,
+                ..request(id as u64, vec![id as u32; 12], 8)
+            };
+            engine.add(request).unwrap();
+        }
+        let mut counts = [0; 3];
+        for event in run(&mut engine, &clock) {
+            if let Event::Finished {
+                id, preemptions, ..
+            } = event
+            {
+                counts[id.0 as usize] = preemptions;
+            }
+        }
+        let mut expected = [0; 3];
+        expected[preempted] = 1;
+        assert_eq!(counts, expected, "priorities {priorities:?}");
+        assert_eq!(engine.stats().preemptions_total, 1);
+    }
 }
 
 #[test]

@@ -24,6 +24,8 @@ impl Default for Prior {
 
 /// Observations before the first fit.
 const FIRST: u64 = 4;
+/// Observations between fits later on.
+const INTERVAL: u64 = 64;
 /// Noise of a step's time that is assumed at the least (standard deviation of the logarithm).
 const LEAST_SIGMA: f64 = 0.01;
 /// Its bounds while there are too few observations to tell noise from a law that doesn't fit yet.
@@ -45,6 +47,8 @@ pub struct LawFit {
     samples: Vec<Sample>,
     next_fit: u64,
     fits: u64,
+    /// Samples there were when all starts were tried last.
+    explored: usize,
 }
 
 impl LawFit {
@@ -61,6 +65,7 @@ impl LawFit {
             samples: Vec::new(),
             next_fit: FIRST,
             fits: 0,
+            explored: 0,
         }
     }
 
@@ -83,8 +88,9 @@ impl LawFit {
         }
         let mut samples = std::mem::take(&mut self.samples);
         self.observations.collect_into(&mut samples);
-        // The more is known, the less a step adds; also keeps the cost a step constant.
-        self.next_fit = self.observations.steps() + (samples.len() as u64 / 8).max(FIRST);
+        // The more is known, the less a step adds.
+        let steps = self.observations.steps();
+        self.next_fit = steps + (steps / 8).clamp(FIRST, INTERVAL);
         if self.fits == 0 && self.prior.confidence == 0.0 {
             let factor = typical_ratio(&self.prior.law, &samples);
             self.prior.law = self.prior.law.slowed(factor);
@@ -94,12 +100,16 @@ impl LawFit {
         let problem = self.problem(&samples);
         let (mut best, mut sigma) = fit_from(&problem, in_units(&self.law, &problem.scale));
         // The cost has local minima where no observation lies on the true side of the knee
-        // between memory and compute. So other starts are tried: all at first, then in turn.
+        // between memory and compute. So other starts are tried: all when many new shapes were
+        // seen, else one in turn.
         let others = other_starts(&problem, &samples);
-        let turn = (self.fits / 4) as usize % others.len();
+        let turn = self.fits as usize % (4 * others.len());
+        let explore = samples.len() * 4 >= self.explored * 5;
+        if explore {
+            self.explored = samples.len() + 1;
+        }
         for (place, start) in others.iter().enumerate() {
-            let early = samples.len() < 64;
-            if !early && (self.fits % 4 != 0 || place != turn) {
+            if !explore && 4 * place != turn {
                 continue;
             }
             let (other, other_sigma) = fit_from(&problem, *start);

@@ -140,8 +140,11 @@ impl Problem<'_> {
             cost -= 0.5 * pull.ln();
             gradient[row] += pull * off / self.deviation[row];
             hessian[row][row] += pull / (self.deviation[row] * self.deviation[row]);
-            for column in 0..row {
-                hessian[column][row] = hessian[row][column];
+        }
+        for row in 1..TERMS {
+            let (above, below) = hessian.split_at_mut(row);
+            for (upper, lower) in above.iter_mut().zip(&below[0]) {
+                upper[row] = *lower;
             }
         }
         Evaluation {

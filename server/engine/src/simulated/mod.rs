@@ -8,8 +8,6 @@ pub use profile::Profile;
 use std::collections::VecDeque;
 use std::time::Duration;
 
-use stoker_law::StepShape;
-
 use crate::clock::Clock;
 use crate::executor::{
     Capacity, Executor, ExecutorError, InputToken, Row, StepBatch, StepOutput, Ticket,
@@ -100,7 +98,7 @@ impl Executor for SimulatedExecutor {
             self.clock.sleep_until(oldest.deadline);
         }
         self.steps += 1;
-        let shape = shape_of(&batch);
+        let shape = batch.shape();
         let noise = (self.profile.noise * normal(self.profile.seed, self.steps)).exp();
         let seconds = self.profile.step_seconds(shape) * noise;
         self.deadline = self.deadline.max(self.clock.now()) + seconds;
@@ -132,17 +130,6 @@ impl Executor for SimulatedExecutor {
     }
 }
 
-/// What a batch contains, in the law's terms.
-pub(crate) fn shape_of(batch: &StepBatch) -> StepShape {
-    let mut shape = StepShape::default();
-    for row in &batch.rows {
-        shape.sequences += 1;
-        shape.tokens += row.tokens.len() as u32;
-        shape.kv_tokens += u64::from(row.start) + row.tokens.len() as u64;
-    }
-    shape
-}
-
 /// The finalizer of splitmix64.
 fn mix(value: u64) -> u64 {
     let mut z = value.wrapping_add(0x9E37_79B9_7F4A_7C15);
@@ -165,6 +152,7 @@ mod tests {
     use super::*;
     use crate::executor::Sampling;
     use crate::{Engine, EngineConfig, Event, Limits, Request, RequestId, VirtualClock};
+    use stoker_law::StepShape;
 
     const GREEDY: Sampling = Sampling {
         temperature: 0.0,

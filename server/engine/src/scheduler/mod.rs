@@ -5,19 +5,17 @@
 //! budget allows, and the step that computes its last token samples the next one. Decoding is
 //! catching up by one.
 
+mod plan;
+
 use std::collections::{BTreeMap, HashMap, VecDeque};
 
 use stoker_law::StepShape;
 
 use crate::blocks::{BlockPool, BlockTable};
-use crate::executor::{Capacity, Slot, StepBatch};
+use crate::executor::{Capacity, Slot};
 use crate::request::{AddError, Event, Limits, Request, RequestId};
 use crate::sequence::{Rank, Seat, Sequence};
 use crate::waiting::WaitingQueue;
-
-/// Share of the blocks (one in so many) that admitting a sequence leaves free for the running
-/// ones to grow into.
-const HEADROOM: u32 = 100;
 
 pub(crate) struct Scheduler {
     capacity: Capacity,
@@ -53,22 +51,13 @@ struct InFlight {
     retired: Vec<BlockTable>,
 }
 
-/// Whether a decoding sequence takes part in the step.
-enum Room {
-    Made,
-    /// Blocks will be free when the step in flight is done.
-    NextStep,
-    /// The sequence itself was the one to be preempted.
-    Lost,
-}
-
 impl Scheduler {
     pub fn new(capacity: Capacity, limits: Limits, max_waiting: usize) -> Self {
         Self {
             capacity,
             limits,
             max_waiting,
-            pool: BlockPool::new(capacity.blocks),
+            pool: BlockPool::new(capacity.blocks, capacity.block_size),
             free_slots: (0..capacity.max_num_seqs.max(1)).rev().collect(),
             waiting: WaitingQueue::default(),
             running: Vec::new(),
@@ -130,188 +119,6 @@ impl Scheduler {
     pub fn abort(&mut self, id: RequestId) -> Option<Sequence> {
         let rank = *self.ranks.get(&id)?;
         self.remove(rank)
-    }
-
-    /// Builds the next step; `None` if there is nothing that could be computed now. At most one
-    /// step may be in flight.
-    pub fn schedule(&mut self, now: f64) -> Option<StepBatch> {
-        let mut budget = self.limits.max_num_batched_tokens as usize;
-        let preemptions = self.preemptions;
-        let delayed = self.plan_decodes(&mut budget);
-        self.plan_chunks(&mut budget);
-        // While blocks are short, a newcomer would only take them from those who run.
-        if delayed == 0 && self.preemptions == preemptions {
-            self.admit(&mut budget);
-        }
-        self.build(now)
-    }
-
-    /// Sequences with one token to compute, all of them if the budget allows, else in turn.
-    /// Returns how many have to wait for blocks of the step in flight.
-    fn plan_decodes(&mut self, budget: &mut usize) -> usize {
-        let seats = self.running.len();
-        let decodes = self.running.iter().filter(|s| s.to_compute() == 1).count();
-        let first = if decodes > *budget && seats > 0 {
-            self.turn % seats
-        } else {
-            0
-        };
-        let mut delayed = 0;
-        for place in (first..seats).chain(0..first) {
-            if *budget == 0 {
-                // The first that was left out starts the next step.
-                self.turn = place;
-                break;
-            }
-            // Preemption shortens `running` from its end.
-            let Some(sequence) = self.running.get(place) else {
-                continue;
-            };
-            if sequence.to_compute() != 1 {
-                continue;
-            }
-            match self.make_room(place, delayed, budget) {
-                Room::Made => {
-                    if let Some(sequence) = self.running.get_mut(place) {
-                        sequence.planned = 1;
-                        *budget -= 1;
-                    }
-                }
-                Room::NextStep => delayed += 1,
-                Room::Lost => {}
-            }
-        }
-        delayed
-    }
-
-    /// Finds a block for the next token of the sequence at `place`, from the pool or by preempting
-    /// the last of the running sequences. `delayed` sequences wait for retired blocks already.
-    fn make_room(&mut self, place: usize, delayed: usize, budget: &mut usize) -> Room {
-        loop {
-            let Some(sequence) = self.running.get_mut(place) else {
-                return Room::Lost;
-            };
-            let tokens = sequence.computed + 1;
-            let grown = sequence
-                .seat
-                .as_mut()
-                .is_some_and(|seat| seat.blocks.grow(tokens, &self.pool));
-            if grown {
-                return Room::Made;
-            }
-            let retired: usize = self
-                .in_flight
-                .iter()
-                .flat_map(|step| &step.retired)
-                .map(BlockTable::len)
-                .sum();
-            if retired > delayed {
-                return Room::NextStep;
-            }
-            let Some(mut victim) = self.running.pop() else {
-                return Room::Lost;
-            };
-            *budget += victim.planned;
-            self.preemptions += 1;
-            if let Some(seat) = victim.preempt() {
-                self.retire(seat, victim.last_step);
-            }
-            self.waiting.push(victim);
-        }
-    }
-
-    /// Chunks of the running sequences' prompts. Their blocks were given with the seat.
-    fn plan_chunks(&mut self, budget: &mut usize) {
-        for sequence in &mut self.running {
-            if *budget == 0 {
-                break;
-            }
-            if sequence.to_compute() > 1 {
-                sequence.planned = sequence.to_compute().min(*budget);
-                *budget -= sequence.planned;
-            }
-        }
-    }
-
-    /// Gives seats to waiting sequences, with blocks for all that they have to compute, so that
-    /// two half-computed prompts can't block each other.
-    fn admit(&mut self, budget: &mut usize) {
-        while *budget > 0 && self.running.len() < self.limits.max_num_seqs as usize {
-            let Some(first) = self.waiting.first() else {
-                break;
-            };
-            let mut blocks = BlockTable::new(self.capacity.block_size);
-            let headroom = if self.running.is_empty() {
-                0
-            } else {
-                (self.capacity.blocks / HEADROOM) as usize
-            };
-            let total = first.total();
-            let fits = blocks.missing(total) + headroom <= self.pool.free();
-            if first.has_pending() || !fits || !blocks.grow(total, &self.pool) {
-                break;
-            }
-            let Some(slot) = self.free_slots.pop() else {
-                break;
-            };
-            let Some(mut sequence) = self.waiting.pop() else {
-                break;
-            };
-            sequence.seat = Some(Seat { slot, blocks });
-            sequence.planned = total.min(*budget);
-            *budget -= sequence.planned;
-            let place = self.running.partition_point(|s| s.rank < sequence.rank);
-            self.running.insert(place, sequence);
-        }
-    }
-
-    /// Turns plans into rows, decodes first, and notes the step as in flight.
-    fn build(&mut self, now: f64) -> Option<StepBatch> {
-        let planned = self.running.iter().filter(|s| s.planned > 0).count();
-        if planned == 0 {
-            return None;
-        }
-        self.steps += 1;
-        let mut step = InFlight {
-            number: self.steps,
-            rows: Vec::with_capacity(planned),
-            shape: StepShape::default(),
-            retired: Vec::new(),
-        };
-        let mut batch = StepBatch {
-            rows: Vec::with_capacity(planned),
-        };
-        let mut some_end = false;
-        for decodes in [true, false] {
-            for sequence in &mut self.running {
-                if (sequence.to_compute() == 1) != decodes {
-                    continue;
-                }
-                // In the second round, decoding sequences have one token to compute again; but
-                // their plan is taken.
-                let Some(row) = sequence.take_row(step.number) else {
-                    continue;
-                };
-                sequence.timing.first_scheduled.get_or_insert(now);
-                some_end |= row.sample.is_some() && sequence.all_sampled();
-                step.rows.push((sequence.rank, row.sample.is_some()));
-                step.shape.sequences += 1;
-                step.shape.tokens += row.tokens.len() as u32;
-                step.shape.kv_tokens += u64::from(row.start) + row.tokens.len() as u64;
-                batch.rows.push(row);
-            }
-        }
-        if some_end {
-            for mut sequence in self.running.extract_if(.., |s| s.all_sampled()) {
-                if let Some(seat) = sequence.seat.take() {
-                    self.free_slots.push(seat.slot);
-                    step.retired.push(seat.blocks);
-                }
-                self.ending.insert(sequence.rank, sequence);
-            }
-        }
-        self.in_flight.push_back(step);
-        Some(batch)
     }
 
     /// Takes in the tokens of the oldest step in flight, one entry a row, and gives back the
