@@ -145,6 +145,12 @@ impl StreamBody {
                         return Poll::Ready(Some(Ok(Frame::data(data))));
                     }
                 }
+                // All events came, only the last chunk's end did not: the client lacks nothing.
+                Some(Err(_)) if self.events.as_ref().is_some_and(Events::is_complete) => {
+                    self.connection = None;
+                    self.complete();
+                    return Poll::Ready(None);
+                }
                 Some(Err(error)) => return self.broken(&error.to_string()),
                 None => {
                     if self.events.as_ref().is_none_or(Events::is_complete) {

@@ -6,8 +6,8 @@ use rand::seq::index;
 /// What is known of a replica that may take the request now.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Candidate {
-    /// Tokens still to do, by this router's own count: prompts not yet computed and answers not
-    /// yet generated.
+    /// Tokens to do with the new request, by this router's own count: prompts not yet computed
+    /// and answers not yet generated.
     pub own_tokens: f64,
     /// The same of other routers' requests, from what the replica last reported: stale.
     pub others_tokens: f64,

@@ -292,7 +292,9 @@ fn find_by_model(
                 .iter()
                 .map(|service| {
                     let settings = service.settings();
-                    let host = settings.entry.hosts.iter().max_by_key(|host| host.len());
+                    let hosts = settings.entry.hosts.iter();
+                    let names = hosts.filter(|host| host.parse::<IpAddr>().is_err());
+                    let host = names.max_by_key(|host| host.len());
                     host.cloned().unwrap_or_else(|| service.key.to_string())
                 })
                 .collect();

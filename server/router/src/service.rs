@@ -330,6 +330,7 @@ impl Service {
         scratch.clear();
         for (place, replica) in state.replicas.iter().enumerate() {
             if let Some(mut candidate) = replica.candidate(now) {
+                candidate.own_tokens += ticket.cost() as f64;
                 candidate.tried = ticket.tried.contains(&replica.slot);
                 scratch.push((place, candidate));
             }

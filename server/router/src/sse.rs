@@ -127,7 +127,7 @@ mod tests {
         assert_eq!(usage(text), (Some(12), Some(3)));
         assert_eq!(usage(b"{}"), (None, None));
         let mut events = Events::default();
-        events.push(Bytes::from(&[b"data: ", &text[..], b"\n\n"].concat()[..]));
+        events.push(Bytes::from([b"data: ", &text[..], b"\n\n"].concat()));
         events.push(Bytes::from("data: [DONE]\n\n"));
         assert_eq!(events.usage(), (Some(12), Some(3)));
     }

@@ -60,9 +60,14 @@ impl Tls {
 
     /// Looks for changed files for ever; while they can't be used the old ones stay.
     pub async fn reload(self: Arc<Self>) {
+        self.reload_every(LOOK_EVERY).await;
+    }
+
+    /// `reload` with another period.
+    pub async fn reload_every(self: Arc<Self>, period: Duration) {
         let mut seen = self.changed();
         loop {
-            tokio::time::sleep(LOOK_EVERY).await;
+            tokio::time::sleep(period).await;
             let now = self.changed();
             if now == seen {
                 continue;
