@@ -16,7 +16,7 @@ use crate::{
 const ROW_BLOCK_BYTES: usize = 256 << 10;
 
 /// Panels that are worth a task of their own.
-const LEAST_PANELS: usize = 2;
+const LEAST_PANELS: usize = 4;
 
 /// Norm and query, key and value projections: `out = norm(x) * qkv^T`.
 ///

@@ -32,7 +32,7 @@ pub(crate) fn parallel(tasks: usize, task: impl Fn(usize) + Sync) {
 pub(crate) fn parts(units: usize, least: usize) -> usize {
     match rayon::current_num_threads() {
         0 | 1 => 1,
-        threads => (threads * 8).min(units / least.max(1)).max(1),
+        threads => (threads * 4).min(units / least.max(1)).max(1),
     }
 }
 

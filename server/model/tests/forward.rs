@@ -1,4 +1,5 @@
 //! The executor's forward pass, paged, chunked and batched, against a naive one in f32.
+#![allow(clippy::unwrap_used, clippy::expect_used)]
 
 mod common {
     pub mod tiny;

@@ -1,4 +1,5 @@
 //! What can be wrong with a file or an option, and what the executor does with bad steps.
+#![allow(clippy::unwrap_used, clippy::expect_used)]
 
 mod common;
 #[path = "common/tiny.rs"]

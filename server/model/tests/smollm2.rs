@@ -1,4 +1,5 @@
 //! The real model against llama.cpp's continuations in f32 (data/smollm2_greedy_reference.json).
+#![allow(clippy::unwrap_used, clippy::expect_used)]
 
 mod common;
 
