@@ -39,10 +39,10 @@ app.kubernetes.io/managed-by: {{ .Release.Service }}
 {{- define "stoker.rules" -}}
 - apiGroups: [serving.stoker.dev]
   resources: [inferenceservices]
-  verbs: [get, list, watch, patch]
+  verbs: [get, list, watch]
 - apiGroups: [serving.stoker.dev]
   resources: [inferenceservices/status]
-  verbs: [get, patch, update]
+  verbs: [get, patch]
 # Owner references that block the owner's deletion ask for this where that is enforced.
 - apiGroups: [serving.stoker.dev]
   resources: [inferenceservices/finalizers]
@@ -61,13 +61,11 @@ app.kubernetes.io/managed-by: {{ .Release.Service }}
 - apiGroups: [""]
   resources: [pods]
   verbs: [get, list, watch, patch]
-- apiGroups: [apps]
-  resources: [replicasets]
-  verbs: [get, list, watch]
+# To tell that a model's volume is missing.
 - apiGroups: [""]
   resources: [persistentvolumeclaims]
-  verbs: [get, list, watch]
-- apiGroups: [events.k8s.io, ""]
+  verbs: [get]
+- apiGroups: [events.k8s.io]
   resources: [events]
   verbs: [create, patch]
 {{- end -}}
