@@ -4,6 +4,7 @@ use std::collections::HashMap;
 use std::fmt::Debug;
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::sync::Mutex;
+use std::time::{Duration, Instant};
 
 use futures::try_join;
 use k8s_openapi::api::apps::v1::Deployment;
@@ -14,6 +15,7 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 use stoker_api::conditions::reasons;
 use stoker_api::names;
+use tracing::warn;
 
 use super::read::Observed;
 use super::validate::Problem;
@@ -54,9 +56,43 @@ pub struct Applied {
     pub deployment: Deployment,
 }
 
-/// By uid of the service and kind: what was applied last, and the version that came of it. An object
-/// that still is that version needs no write.
-pub type AppliedBefore = Mutex<HashMap<(String, String), (u64, String)>>;
+/// By uid of the service and kind: what was applied last.
+pub type AppliedBefore = Mutex<HashMap<(String, String), Before>>;
+
+/// Corrections of others' changes in a row, less than [`PEACE`] apart, that make a fight.
+const FIGHT: u32 = 5;
+const PEACE: Duration = Duration::from_secs(60);
+/// Who fights writes this often at most.
+const TRUCE: Duration = Duration::from_secs(10);
+
+/// What was applied last, and the version that came of it: an object that still is that version
+/// needs no write.
+#[derive(Clone, Debug)]
+pub struct Before {
+    digest: u64,
+    version: String,
+    at: Instant,
+    corrections: u32,
+}
+
+impl Before {
+    /// Something else keeps changing what we own back, and it was set right just now.
+    fn fights(&self) -> bool {
+        self.corrections >= FIGHT && self.at.elapsed() < TRUCE
+    }
+
+    /// The next record, `drifted` when the apply changed an object that had been right before.
+    fn next(before: Option<Before>, digest: u64, version: String, drifted: bool) -> Before {
+        let recent = before.filter(|b| b.digest == digest && b.at.elapsed() < PEACE);
+        let corrections = recent.map_or(0, |before| before.corrections);
+        Before {
+            digest,
+            version,
+            at: Instant::now(),
+            corrections: corrections + u32::from(drifted),
+        }
+    }
+}
 
 /// The Deployment comes last: its pods need the others.
 pub async fn apply(
@@ -100,11 +136,14 @@ where
         + DeserializeOwned,
 {
     let kind = K::kind(&()).into_owned();
+    let name = wanted.name_any();
     let slot = (uid.to_owned(), kind.clone());
     let digest = digest(wanted);
-    if let (Some(live), Some(digest)) = (live, digest)
-        && lock(&context.applied).get(&slot)
-            == live.resource_version().map(|v| (digest, v)).as_ref()
+    let before = lock(&context.applied).get(&slot).cloned();
+    let before = before.filter(|before| before.digest == digest);
+    let seen = live.and_then(ResourceExt::resource_version);
+    if let (Some(live), Some(before)) = (live, &before)
+        && (seen.as_ref() == Some(&before.version) || before.fights())
     {
         return Ok(live.clone());
     }
@@ -112,21 +151,33 @@ where
     let api: Api<K> = Api::namespaced(context.client.clone(), &namespace);
     // Force: a field that we own is ours. Fields that we don't state stay as others set them.
     let params = PatchParams::apply(names::FIELD_MANAGER).force();
-    let name = wanted.name_any();
     let applied = api.patch(&name, &params, &Patch::Apply(wanted)).await;
     let applied = applied.map_err(|source| ApplyError {
-        kind,
-        name,
+        kind: kind.clone(),
+        name: name.clone(),
         source: Box::new(source),
     })?;
-    if let (Some(digest), Some(version)) = (digest, applied.resource_version()) {
-        lock(&context.applied).insert(slot, (digest, version));
+    if let Some(version) = applied.resource_version() {
+        // An apply that sets nothing right leaves the version as it was.
+        let drifted = before.is_some() && seen.is_some() && seen.as_ref() != Some(&version);
+        let next = Before::next(before, digest, version, drifted);
+        if next.corrections == FIGHT && drifted {
+            warn!(
+                kind,
+                name,
+                "something else keeps changing what this operator owns; is another stoker-operator \
+                 running?"
+            );
+        }
+        lock(&context.applied).insert(slot, next);
     }
     Ok(applied)
 }
 
-fn digest(object: &impl Serialize) -> Option<u64> {
+/// 0 for what can't be written as JSON, which no Kubernetes object is.
+fn digest(object: &impl Serialize) -> u64 {
     let mut hasher = DefaultHasher::new();
-    serde_json::to_vec(object).ok()?.hash(&mut hasher);
-    Some(hasher.finish())
+    let bytes = serde_json::to_vec(object).unwrap_or_default();
+    bytes.hash(&mut hasher);
+    hasher.finish()
 }

@@ -81,6 +81,8 @@ fn loudness(type_: &str, status: &str, reason: &str, known: bool) -> Option<bool
     let normal_course = [
         reasons::STARTING,
         reasons::MODEL_LOADING,
+        // Told by the condition Ready, with its cause.
+        reasons::MODEL_LOAD_FAILED,
         reasons::NO_PODS,
         reasons::ROLLOUT_COMPLETE,
         reasons::ROLLOUT_IN_PROGRESS,

@@ -302,14 +302,15 @@ async fn reconcile_unreadable(
 fn retry(object: Arc<Guarded>, error: &ReconcileError, context: Arc<Context>) -> Action {
     let object = ObjectRef::from_obj(&*object);
     let mut failures = lock(&context.failures);
-    let count = failures.entry(object.clone()).or_insert(0);
+    let count = failures.entry(object).or_insert(0);
     let delay = FIRST_RETRY
         .saturating_mul(1 << (*count).min(10))
         .min(LAST_RETRY);
     *count += 1;
     metrics::counter!("stoker_operator_reconcile_errors_total", "step" => error.step())
         .increment(1);
-    warn!(%object, error = %chain(error), retry_in = ?delay, "reconcile failed");
+    // The span around names the object.
+    warn!(error = %chain(error), retry_in = ?delay, "reconcile failed");
     Action::requeue(delay)
 }
 

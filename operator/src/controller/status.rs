@@ -125,6 +125,14 @@ impl<'a> Facts<'a> {
     }
 }
 
+/// `1 replica`, `2 replicas`.
+fn counted(n: u32, noun: &str) -> String {
+    match n {
+        1 => format!("1 {noun}"),
+        n => format!("{n} {noun}s"),
+    }
+}
+
 fn count<T>(items: impl Iterator<Item = T>) -> u32 {
     u32::try_from(items.count()).unwrap_or(u32::MAX)
 }
@@ -155,7 +163,7 @@ fn ready(facts: &Facts<'_>) -> Finding {
         return no(reasons::SCALED_TO_ZERO, scaled_to_zero());
     }
     if answering >= lower {
-        let message = format!("{answering} of {} replicas are ready", facts.desired);
+        let message = format!("{answering} of {} ready", counted(facts.desired, "replica"));
         return Finding::new(types::READY, Status::True, reasons::REPLICAS_READY, message);
     }
     let (reason, message) = facts.trouble().unwrap_or_else(|| {
@@ -166,7 +174,7 @@ fn ready(facts: &Facts<'_>) -> Finding {
         0 => no(reason, message),
         _ => no(
             reason,
-            format!("{answering} of {lower} needed replicas are ready: {message}"),
+            format!("{answering} of {lower} needed replicas ready: {message}"),
         ),
     }
 }
@@ -183,7 +191,7 @@ fn available(facts: &Facts<'_>) -> Finding {
             finding(Status::False, reasons::NO_READY_REPLICA, message)
         }
         n => {
-            let message = format!("{n} of {} replicas answer requests", facts.desired);
+            let message = format!("{n} of {} answering", counted(facts.desired, "replica"));
             finding(Status::True, reasons::REPLICAS_READY, message)
         }
     }
@@ -202,16 +210,17 @@ fn progressing(facts: &Facts<'_>) -> Finding {
     let Facts { fleet, desired, .. } = facts;
     let leaving = count(facts.pods.iter().filter(|p| **p == PodState::Leaving));
     if fleet.settled() && fleet.wanted == *desired && fleet.ready == *desired && leaving == 0 {
-        let message = format!("all {desired} replicas run the current template");
+        let message = format!("{} on the current template", counted(*desired, "replica"));
         return finding(Status::False, reasons::ROLLOUT_COMPLETE, message);
     }
     let mut message = format!(
-        "{} of {desired} replicas run the current template, {} are ready",
+        "{} of {} on the current template, {} ready",
         fleet.updated.min(*desired),
+        counted(*desired, "replica"),
         fleet.ready
     );
     if leaving > 0 {
-        message.push_str(&format!(", {leaving} are finishing their requests"));
+        message.push_str(&format!(", {leaving} finishing requests before going"));
     }
     if let Some((reason, trouble)) = facts.stuck() {
         return finding(Status::False, reason, format!("{message}; {trouble}"));
@@ -224,7 +233,7 @@ fn model_loaded(facts: &Facts<'_>) -> Finding {
         |status, reason, message| Finding::new(types::MODEL_LOADED, status, reason, message);
     let answering = facts.answering();
     if answering > 0 {
-        let message = format!("{answering} replicas have loaded the model");
+        let message = format!("loaded by {}", counted(answering, "replica"));
         return finding(Status::True, reasons::MODEL_LOADED, message);
     }
     if let Some((_, _, message)) = furthest(facts) {
@@ -276,16 +285,21 @@ fn scheduled(facts: &Facts<'_>) -> Finding {
             finding(Status::Unknown, reasons::NO_PODS, message)
         }
         None => {
-            let message = format!("all {total} pods have a node");
+            let message = format!("{} on nodes", counted(total, "pod"));
             finding(Status::True, reasons::PODS_SCHEDULED, message)
         }
         Some(words) => {
             let reason = no_node_reason(words, facts.accelerator());
-            let mut message = format!("{} of {total} pods have no node: {words}", waiting.len());
+            let mut message = format!(
+                "{} of {} without a node: {words}",
+                waiting.len(),
+                counted(total, "pod")
+            );
             match facts.answering() {
                 0 => {}
                 n => message.push_str(&format!(
-                    " Meanwhile the dials of {n} ready replicas carry the load."
+                    " Meanwhile the dials of {} carry the load.",
+                    counted(n, "ready replica")
                 )),
             }
             finding(Status::False, reason, message)
@@ -305,13 +319,23 @@ fn scaling_active(facts: &Facts<'_>) -> Option<Finding> {
     Some(Finding::new(
         types::SCALING_ACTIVE,
         reason.code != ReasonCode::NoData,
-        word(reason.code),
+        word(facts, reason.code),
         reason.message.clone(),
     ))
 }
 
-fn word(code: ReasonCode) -> &'static str {
+fn word(facts: &Facts<'_>, code: ReasonCode) -> &'static str {
+    // The policy knows that pods have no node; the scheduler's words say what they lack.
+    let lacks_other = || {
+        facts.pods.iter().any(|pod| match pod {
+            PodState::NoNode { words } => {
+                no_node_reason(words, facts.accelerator()) == reasons::UNSCHEDULABLE
+            }
+            _ => false,
+        })
+    };
     match code {
+        ReasonCode::WaitingForAccelerator if lacks_other() => reasons::UNSCHEDULABLE,
         ReasonCode::Steady => reasons::STEADY,
         ReasonCode::NoData => reasons::NO_DATA,
         ReasonCode::ScaleUp => reasons::SCALE_UP,
@@ -401,7 +425,7 @@ fn headline(facts: &Facts<'_>, findings: &[Finding]) -> Option<String> {
             .outlook
             .reason
             .as_ref()
-            .map(|reason| word(reason.code)),
+            .map(|reason| word(facts, reason.code)),
     };
     pressing.or_else(scaling).map(str::to_owned)
 }

@@ -100,7 +100,7 @@ fn the_minimum_must_be_ready() {
     let short = facts(&service, vec![PodState::Answering, no_gpu()]);
     assert_eq!(of(&short, "Ready"), ("False", "WaitingForAccelerator"));
     assert_eq!(of(&short, "Available"), ("True", "ReplicasReady"));
-    assert!(message(&short, "Ready").starts_with("1 of 2 needed replicas are ready: 0/1 nodes"));
+    assert!(message(&short, "Ready").starts_with("1 of 2 needed replicas ready: 0/1 nodes"));
 }
 
 #[test]
@@ -110,10 +110,10 @@ fn a_full_cluster_says_that_the_dials_carry_on() {
     assert_eq!(of(&full, "Ready"), ("True", "ReplicasReady"));
     assert_eq!(of(&full, "Scheduled"), ("False", "WaitingForAccelerator"));
     let words = message(&full, "Scheduled");
-    assert!(words.contains("2 of 3 pods have no node"), "{words}");
+    assert!(words.contains("2 of 3 pods without a node"), "{words}");
     assert!(words.contains("Insufficient nvidia.com/gpu"), "{words}");
     assert!(
-        words.contains("dials of 1 ready replicas carry the load"),
+        words.contains("dials of 1 ready replica carry the load"),
         "{words}"
     );
     assert_eq!(of(&full, "Progressing"), ("True", "RolloutInProgress"));
@@ -136,6 +136,18 @@ fn the_worst_trouble_is_named() {
     no_claim.claim = Claim::Missing("models".to_owned());
     assert_eq!(of(&no_claim, "Ready"), ("False", "VolumeNotReady"));
     assert!(message(&no_claim, "Ready").contains("PersistentVolumeClaim models"));
+
+    let mut elsewhere = facts(
+        &service,
+        vec![PodState::NoNode {
+            words: "0/1 nodes are available: 1 node(s) didn't match".to_owned(),
+        }],
+    );
+    elsewhere.outlook.reason = Some(Reason {
+        code: ReasonCode::WaitingForAccelerator,
+        message: String::new(),
+    });
+    assert_eq!(of(&elsewhere, "ScalingActive"), ("True", "Unschedulable"));
 
     let mut quota = facts(&service, vec![]);
     quota.desired = 1;

@@ -209,6 +209,27 @@ async fn drift_is_applied_away() {
     assert_eq!(fake.objects[DEPLOYMENT]["spec"]["replicas"], 1);
 }
 
+/// Another operator with another key, say: both would write as fast as they can.
+#[tokio::test]
+async fn a_fight_over_a_field_is_not_fought_at_full_speed() {
+    let (context, fake, _woken) = context();
+    let context = Arc::new(context);
+    let object = guarded(service("chat"));
+    let path = "/api/v1/namespaces/ns/configmaps/chat-control";
+    for round in 0..20 {
+        reconcile(Arc::clone(&object), Arc::clone(&context))
+            .await
+            .unwrap();
+        let mut fake = fake.lock().unwrap();
+        let theirs = fake.objects.get_mut(path).unwrap();
+        theirs["data"]["public.pem"] = json!("theirs");
+        theirs["metadata"]["resourceVersion"] = json!(format!("t{round}"));
+    }
+    let fake = fake.lock().unwrap();
+    let written = fake.paths().iter().filter(|p| **p == path).count();
+    assert_eq!(written, 6, "the first apply and five corrections");
+}
+
 #[tokio::test]
 async fn what_passes_by_itself_is_tried_again_and_not_blamed_on_the_object() {
     for (code, reason) in [

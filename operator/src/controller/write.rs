@@ -19,7 +19,7 @@ use crate::stores::Guarded;
 
 /// Measured figures are written this often.
 const CALM: Duration = Duration::from_secs(30);
-/// Dials, loading percent and the words of a failure are written this often at most.
+/// Dials, loading percent, a load that moves and the words of a failure are written this often at most.
 const SOON: Duration = Duration::from_secs(5);
 
 #[derive(Debug, thiserror::Error)]
@@ -228,6 +228,7 @@ fn urgency(old: &InferenceServiceStatus, new: &InferenceServiceStatus) -> Urgenc
     } else if old.dials != new.dials
         || percent(old) != percent(new)
         || ready_words(old) != ready_words(new)
+        || load_moved(old, new)
     {
         Urgency::Soon
     } else if old != new {
@@ -235,6 +236,17 @@ fn urgency(old: &InferenceServiceStatus, new: &InferenceServiceStatus) -> Urgenc
     } else {
         Urgency::Same
     }
+}
+
+/// Whether the number of requests in the fleet is another by more than a quarter: whoever watches a
+/// ramp wants to see it, and a steady load stays quiet.
+fn load_moved(old: &InferenceServiceStatus, new: &InferenceServiceStatus) -> bool {
+    let requests = |status: &InferenceServiceStatus| {
+        let load = status.load.as_ref();
+        load.map_or(0, |load| load.running.saturating_add(load.waiting))
+    };
+    let (before, now) = (requests(old), requests(new));
+    before.abs_diff(now) > before.max(now).unsigned_abs() / 4 + 1
 }
 
 #[cfg(test)]

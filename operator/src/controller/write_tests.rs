@@ -30,6 +30,19 @@ fn measured_figures_wait_and_changes_of_state_do_not() {
     new.conditions = old.conditions.clone();
     new.load = Some(LoadStatus::default());
     assert_eq!(urgency(&old, &new), Urgency::Calm);
+    new.load = Some(LoadStatus {
+        running: 20,
+        waiting: 4,
+        ..LoadStatus::default()
+    });
+    assert_eq!(urgency(&old, &new), Urgency::Soon);
+    let mut steady = new.clone();
+    steady.load = Some(LoadStatus {
+        running: 22,
+        waiting: 5,
+        ..LoadStatus::default()
+    });
+    assert_eq!(urgency(&new, &steady), Urgency::Calm);
     new.dials = Some(DialsStatus {
         max_num_seqs: 9,
         max_num_batched_tokens: 512,

@@ -1,6 +1,6 @@
 //! A replica's series, by name, as the policy's sample.
 
-use stoker_autoscaler::{Counters, Dials, Histogram, Sample};
+use stoker_autoscaler::{Counters, Dials, Sample};
 use stoker_law::Law;
 
 use super::Exposition;
@@ -111,6 +111,7 @@ fn to_u32(value: f64) -> u32 {
 #[cfg(test)]
 pub(crate) mod tests {
     use super::*;
+    use stoker_autoscaler::Histogram;
 
     /// The scaling series of a replica with two running requests.
     pub(crate) const SCALING: &str = include_str!("../../tests/data/scaling_metrics.txt");
