@@ -12,7 +12,7 @@ pub struct Objectives {
     /// Milliseconds within which the first token of a short prompt must come.
     pub ttft_ms: f64,
     /// Prompt tokens that `ttft_ms` covers.
-    pub ttft_free_prompt_tokens: u32,
+    pub ttft_free_prompt_tokens: f64,
     /// Milliseconds granted for each prompt token above `ttft_free_prompt_tokens`.
     pub ttft_ms_per_prompt_token: f64,
     /// Milliseconds that a request's gap between tokens may take.
@@ -33,7 +33,7 @@ impl Default for Objectives {
     fn default() -> Self {
         Self {
             ttft_ms: 2000.0,
-            ttft_free_prompt_tokens: 1000,
+            ttft_free_prompt_tokens: 1000.0,
             ttft_ms_per_prompt_token: 1.0,
             itl_ms: 100.0,
             itl_of: ItlOf::Mean,
@@ -67,20 +67,21 @@ impl Objectives {
                 return Err(ObjectivesError::NotPositive { field, value });
             }
         }
-        let value = self.ttft_ms_per_prompt_token;
-        if !(value.is_finite() && value >= 0.0) {
-            return Err(ObjectivesError::Negative {
-                field: "ttft_ms_per_prompt_token",
-                value,
-            });
+        for (field, value) in [
+            ("ttft_free_prompt_tokens", self.ttft_free_prompt_tokens),
+            ("ttft_ms_per_prompt_token", self.ttft_ms_per_prompt_token),
+        ] {
+            if !(value.is_finite() && value >= 0.0) {
+                return Err(ObjectivesError::Negative { field, value });
+            }
         }
         Ok(())
     }
 
     /// Seconds within which a prompt of this length must have its first token.
     pub fn ttft_limit(&self, prompt_tokens: u32) -> f64 {
-        let charged = prompt_tokens.saturating_sub(self.ttft_free_prompt_tokens);
-        (self.ttft_ms + self.ttft_ms_per_prompt_token * f64::from(charged)) / 1000.0
+        let charged = (f64::from(prompt_tokens) - self.ttft_free_prompt_tokens).max(0.0);
+        (self.ttft_ms + self.ttft_ms_per_prompt_token * charged) / 1000.0
     }
 
     /// Whether a request with these gaps between tokens (seconds) meets the objective. A request
@@ -133,12 +134,16 @@ mod tests {
 
     #[test]
     fn json_is_checked() {
-        let o = Objectives::from_json(r#"{"itl_ms": 50, "itl_of": "p95"}"#).unwrap();
+        let o = Objectives::from_json(
+            r#"{"itl_ms": 50, "itl_of": "p95", "ttft_free_prompt_tokens": 1000.0}"#,
+        )
+        .unwrap();
         assert_eq!((o.itl_ms, o.itl_of, o.ttft_ms), (50.0, ItlOf::P95, 2000.0));
         for bad in [
             r#"{"itl_ms": 0}"#,
             r#"{"ttft_ms": -1}"#,
             r#"{"ttft_ms_per_prompt_token": -0.1}"#,
+            r#"{"ttft_free_prompt_tokens": -1}"#,
             r#"{"itl": 5}"#,
             r#"{"itl_of": "p99"}"#,
             "5",

@@ -87,11 +87,7 @@ impl Checked {
             .enumerate()
             .map(|(index, (prompt, max_tokens))| NewRequest {
                 prompt,
-                sampling: Sampling {
-                    // Equal prompts of one request must not get equal answers.
-                    seed: self.sampling.seed.wrapping_add(index as u64),
-                    ..self.sampling
-                },
+                sampling: for_choice(self.sampling, index),
                 max_tokens,
                 stop_token_ids: self.stop_token_ids.clone(),
                 ignore_eos: self.ignore_eos,
@@ -104,6 +100,16 @@ impl Checked {
             stream: self.stream,
             include_usage: self.include_usage,
         }
+    }
+}
+
+/// Equal prompts of one request get unlike draws.
+fn for_choice(sampling: Sampling, index: usize) -> Sampling {
+    let greedy = sampling.temperature == 0.0;
+    let offset = if greedy { 0 } else { index as u64 };
+    Sampling {
+        seed: sampling.seed.wrapping_add(offset),
+        ..sampling
     }
 }
 

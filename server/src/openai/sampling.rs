@@ -49,7 +49,12 @@ impl SamplingFields {
             // A value that rounds to 0 in f32 would leave no token to choose from.
             top_p: (top_p as f32).max(f32::MIN_POSITIVE),
             top_k,
-            seed: self.seed.map_or(random_seed, i64::cast_unsigned),
+            seed: match self.seed {
+                Some(seed) => seed.cast_unsigned(),
+                // Nothing is drawn; a fixed seed keeps equal requests equal on every device.
+                None if temperature == 0.0 => 0,
+                None => random_seed,
+            },
         })
     }
 }
@@ -91,6 +96,11 @@ mod tests {
     fn defaults_and_ranges() {
         let s = SamplingFields::default().check(7).unwrap();
         assert_eq!((s.temperature, s.top_p, s.top_k, s.seed), (1.0, 1.0, 0, 7));
+        let greedy = SamplingFields {
+            temperature: Some(0.0),
+            ..SamplingFields::default()
+        };
+        assert_eq!(greedy.check(7).unwrap().seed, 0);
         let with = |f: fn(&mut SamplingFields)| {
             let mut fields = SamplingFields::default();
             f(&mut fields);

@@ -80,7 +80,9 @@ pub struct Progress {
     /// Totals since the start.
     pub sent: u64,
     pub ok: u64,
-    pub failed: BTreeMap<FailureKind, u64>,
+    pub failed: u64,
+    /// The failed ones by kind.
+    pub failures: BTreeMap<FailureKind, u64>,
     /// Over the last 5 seconds; null when nothing came.
     pub ttft_p50_ms: Option<f64>,
     pub ttft_p95_ms: Option<f64>,
@@ -164,6 +166,7 @@ impl Recorder {
         let seconds = (t - before.t).max(1e-3);
         let (ttft_p50_ms, ttft_p95_ms) = state.ttft.recent(now);
         let (itl_p50_ms, itl_p95_ms) = state.itl.recent(now);
+        let failed = state.failed.values().sum();
         let rate = |count: u64| (count as f64 / seconds * 100.0).round() / 100.0;
         state.last_line = Line {
             t,
@@ -173,12 +176,13 @@ impl Recorder {
         Progress {
             t: (t * 1e3).round() / 1e3,
             concurrency,
-            in_flight: state.sent - state.ok - state.failed.values().sum::<u64>(),
+            in_flight: state.sent - state.ok - failed,
             requests_per_s: rate(state.ok - before.ok),
             tok_per_s: rate(state.texts - before.texts),
             sent: state.sent,
             ok: state.ok,
-            failed: state.failed.clone(),
+            failed,
+            failures: state.failed.clone(),
             ttft_p50_ms,
             ttft_p95_ms,
             itl_p50_ms,

@@ -12,6 +12,10 @@ use crate::table::{self, ms};
 pub struct LoadReport {
     pub url: String,
     pub model: Option<String>,
+    /// Requests of all runs; `ok` and `failed` add up to them.
+    pub requests: u64,
+    pub ok: u64,
+    pub failed: u64,
     pub runs: Vec<LoadRun>,
 }
 
@@ -21,8 +25,9 @@ pub struct LoadRun {
     pub concurrency: u32,
     pub requests: u64,
     pub ok: u64,
-    /// Failures by kind; with `ok` they add up to `requests`.
-    pub failed: BTreeMap<String, u64>,
+    pub failed: u64,
+    /// The failed ones by kind.
+    pub failures: BTreeMap<String, u64>,
     /// What the first failure of each kind said.
     pub examples: BTreeMap<String, String>,
     pub success_rate: f64,
@@ -60,13 +65,26 @@ impl LoadRun {
             latency: Summary::of(&mut measured.latency),
             ttft: Summary::of(&mut measured.ttft),
             itl: Summary::of(&mut measured.itl),
-            failed: measured.failed,
+            failed: measured.failed.values().sum(),
+            failures: measured.failed,
             examples: measured.examples,
         }
     }
 }
 
 impl LoadReport {
+    pub fn new(url: String, model: Option<String>, runs: Vec<LoadRun>) -> Self {
+        let total = |of: fn(&LoadRun) -> u64| runs.iter().map(of).sum();
+        Self {
+            url,
+            model,
+            requests: total(|run| run.requests),
+            ok: total(|run| run.ok),
+            failed: total(|run| run.failed),
+            runs,
+        }
+    }
+
     pub fn print(&self) {
         self.print_throughput();
         self.print_times("Latency, ms", |run| &run.latency);
@@ -143,7 +161,7 @@ impl LoadReport {
             .runs
             .iter()
             .flat_map(|run| {
-                run.failed.iter().map(|(kind, count)| {
+                run.failures.iter().map(|(kind, count)| {
                     let example = run.examples.get(kind).map_or("", String::as_str);
                     vec![
                         run.concurrency.to_string(),
