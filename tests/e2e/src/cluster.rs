@@ -22,12 +22,19 @@ impl Cluster {
     /// Connects; `namespace` is there already.
     pub async fn connect(namespace: &str) -> Result<Self> {
         if std::env::var_os("KUBECONFIG").is_none() {
-            bail!("KUBECONFIG is not set: run the tests by `make test`, or `make cluster-up` and export what it prints");
+            bail!(
+                "KUBECONFIG is not set: run the tests by `make test`, or `make cluster-up` and export what it prints"
+            );
         }
         // Two providers may be compiled in; a second call finds one installed, which is as good.
         let _ = rustls::crypto::ring::default_provider().install_default();
-        let client = Client::try_default().await.context("connecting to the cluster of KUBECONFIG")?;
-        Ok(Self { client, namespace: namespace.to_owned() })
+        let client = Client::try_default()
+            .await
+            .context("connecting to the cluster of KUBECONFIG")?;
+        Ok(Self {
+            client,
+            namespace: namespace.to_owned(),
+        })
     }
 
     /// Connects, and makes a namespace for one test; one left by an earlier run is removed first.
@@ -35,9 +42,18 @@ impl Cluster {
         let cluster = Self::connect(&format!("e2e-{name}")).await?;
         cluster.remove_namespace().await?;
         let namespaces: Api<Namespace> = Api::all(cluster.client.clone());
-        let metadata = ObjectMeta { name: Some(cluster.namespace.clone()), ..ObjectMeta::default() };
+        let metadata = ObjectMeta {
+            name: Some(cluster.namespace.clone()),
+            ..ObjectMeta::default()
+        };
         namespaces
-            .create(&PostParams::default(), &Namespace { metadata, ..Namespace::default() })
+            .create(
+                &PostParams::default(),
+                &Namespace {
+                    metadata,
+                    ..Namespace::default()
+                },
+            )
             .await?;
         Ok(cluster)
     }
@@ -48,16 +64,24 @@ impl Cluster {
         if namespaces.get_opt(&self.namespace).await?.is_none() {
             return Ok(());
         }
-        namespaces.delete(&self.namespace, &DeleteParams::default()).await?;
+        namespaces
+            .delete(&self.namespace, &DeleteParams::default())
+            .await?;
         eventually("the namespace is gone", 120, || async {
-            Ok(namespaces.get_opt(&self.namespace).await?.is_none().then_some(()))
+            Ok(namespaces
+                .get_opt(&self.namespace)
+                .await?
+                .is_none()
+                .then_some(()))
         })
         .await
     }
 
     /// Applies every document of a manifest as `kubectl apply --server-side` would.
     pub async fn apply(&self, manifest: &str) -> Result<()> {
-        for document in serde_saphyr::from_multiple::<Value>(manifest).context("the manifest isn't YAML")? {
+        for document in
+            serde_saphyr::from_multiple::<Value>(manifest).context("the manifest isn't YAML")?
+        {
             self.apply_object(&document).await?;
         }
         Ok(())
@@ -70,10 +94,22 @@ impl Cluster {
         let (resource, capabilities) = discovery::pinned_kind(&self.client, &gvk).await?;
         let api: Api<DynamicObject> = match capabilities.scope {
             discovery::Scope::Cluster => Api::all_with(self.client.clone(), &resource),
-            discovery::Scope::Namespaced => Api::namespaced_with(self.client.clone(), &self.namespace, &resource),
+            discovery::Scope::Namespaced => {
+                Api::namespaced_with(self.client.clone(), &self.namespace, &resource)
+            }
         };
-        let name = object.metadata.name.clone().context("the manifest names no object")?;
-        Ok(api.patch(&name, &PatchParams::apply("e2e").force(), &Patch::Apply(document)).await?)
+        let name = object
+            .metadata
+            .name
+            .clone()
+            .context("the manifest names no object")?;
+        Ok(api
+            .patch(
+                &name,
+                &PatchParams::apply("e2e").force(),
+                &Patch::Apply(document),
+            )
+            .await?)
     }
 
     pub fn service(&self, name: &str) -> Service {

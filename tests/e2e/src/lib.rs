@@ -26,5 +26,7 @@ pub fn binary(name: &str) -> anyhow::Result<std::path::PathBuf> {
         .nth(2)
         .map(|folder| folder.join(name))
         .filter(|path| path.exists());
-    path.ok_or_else(|| anyhow::anyhow!("{name} is not built: run `cargo build --release -p {name}`"))
+    path.ok_or_else(|| {
+        anyhow::anyhow!("{name} is not built: run `cargo build --release -p {name}`")
+    })
 }

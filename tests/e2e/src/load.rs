@@ -49,13 +49,19 @@ impl Load {
             .stderr(Stdio::from(log))
             .kill_on_drop(true)
             .spawn()?;
-        Ok(Self { child, json, progress })
+        Ok(Self {
+            child,
+            json,
+            progress,
+        })
     }
 
     /// The last progress line; `None` before the first.
     pub fn progress(&self) -> Option<Value> {
         let text = std::fs::read_to_string(&self.progress).ok()?;
-        text.lines().rev().find_map(|line| serde_json::from_str(line).ok())
+        text.lines()
+            .rev()
+            .find_map(|line| serde_json::from_str(line).ok())
     }
 
     pub fn is_running(&mut self) -> Result<bool> {
@@ -64,8 +70,13 @@ impl Load {
 
     pub async fn finish(mut self) -> Result<Report> {
         let status = self.child.wait().await?;
-        ensure!(status.success(), "stoker-bench ended with {status}: see {}", self.json.with_extension("log").display());
-        let text = std::fs::read_to_string(&self.json).with_context(|| self.json.display().to_string())?;
+        ensure!(
+            status.success(),
+            "stoker-bench ended with {status}: see {}",
+            self.json.with_extension("log").display()
+        );
+        let text =
+            std::fs::read_to_string(&self.json).with_context(|| self.json.display().to_string())?;
         Ok(Report(serde_json::from_str(&text)?))
     }
 }

@@ -333,6 +333,29 @@ async fn operator_follows(service: &Service, good_percent: i32) -> Result<()> {
     .await
 }
 
+/// Every series that the dashboard asks for is one that a replica exposes after a request.
+async fn dashboard_shows_what_there_is(service: &Service) -> Result<()> {
+    let dashboard = std::fs::read_to_string(repository("charts/stoker/dashboards/stoker.json"))?;
+    let is_of_name = |c: char| c.is_ascii_alphanumeric() || matches!(c, ':' | '_');
+    let wanted: std::collections::BTreeSet<&str> = dashboard
+        .split(|c| !is_of_name(c))
+        .filter(|word| word.starts_with("vllm:") || word.starts_with("stoker:"))
+        .collect();
+    ensure!(wanted.len() > 12, "the dashboard asks for {wanted:?} only");
+    let url = format!("{}/metrics", service.url().await?);
+    eventually("all series of the dashboard are there", 30, || async {
+        let text = reqwest::get(&url).await?.error_for_status()?.text().await?;
+        let exposed = |name: &&&str| {
+            text.lines()
+                .any(|line| line.split(['{', ' ']).next() == Some(**name))
+        };
+        let missing: Vec<_> = wanted.iter().filter(|name| !exposed(name)).collect();
+        ensure!(missing.is_empty(), "a replica exposes no {missing:?}");
+        Ok(Some(()))
+    })
+    .await
+}
+
 /// Installed, upgraded, uninstalled and installed again, all under load: no request fails, no pod is
 /// replaced, no InferenceService is lost.
 #[tokio::test]
@@ -369,6 +392,8 @@ async fn chart_lives_and_leaves_services_alone() -> Result<()> {
     let pods = pod_uids(&service).await?;
     ensure!(!pods.is_empty(), "a ready service has no pod");
     let client = Client::start(service.url().await?, "stays".to_owned());
+
+    dashboard_shows_what_there_is(&service).await?;
 
     install(&["resources.requests.cpu=60m"])?;
     operator_follows(&service, 98).await?;

@@ -27,12 +27,21 @@ async fn ready(cluster: &Cluster, name: &str) -> Result<Service> {
 
 async fn owned<K>(cluster: &Cluster, name: &str) -> Result<K>
 where
-    K: Resource<Scope = k8s_openapi::NamespaceResourceScope> + Clone + std::fmt::Debug + serde::de::DeserializeOwned,
+    K: Resource<Scope = k8s_openapi::NamespaceResourceScope>
+        + Clone
+        + std::fmt::Debug
+        + serde::de::DeserializeOwned,
     <K as Resource>::DynamicType: Default,
 {
     let object = cluster.api::<K>().get(name).await?;
-    let owner = object.owner_references().first().context("it has no owner")?;
-    ensure!(owner.kind == "InferenceService" && owner.controller == Some(true), "its owner is {owner:?}");
+    let owner = object
+        .owner_references()
+        .first()
+        .context("it has no owner")?;
+    ensure!(
+        owner.kind == "InferenceService" && owner.controller == Some(true),
+        "its owner is {owner:?}"
+    );
     Ok(object)
 }
 
@@ -44,35 +53,65 @@ async fn lifecycle_owns_its_objects_and_corrects_drift() -> Result<()> {
     owned::<PodDisruptionBudget>(&cluster, "llama").await?;
     owned::<ServiceAccount>(&cluster, "llama").await?;
     let control = owned::<ConfigMap>(&cluster, "llama-control").await?;
-    let key = control.data.unwrap_or_default().remove("public.pem").unwrap_or_default();
+    let key = control
+        .data
+        .unwrap_or_default()
+        .remove("public.pem")
+        .unwrap_or_default();
     ensure!(key.contains("PUBLIC KEY"), "public.pem is {key:?}");
     let before = owned::<Deployment>(&cluster, "llama").await?;
 
     // Nothing changes while nothing changes: no hot loop, no new ReplicaSet.
     tokio::time::sleep(std::time::Duration::from_secs(8)).await;
     let after = owned::<Deployment>(&cluster, "llama").await?;
-    ensure!(before.metadata.generation == after.metadata.generation, "an idle operator rewrote the Deployment");
+    ensure!(
+        before.metadata.generation == after.metadata.generation,
+        "an idle operator rewrote the Deployment"
+    );
 
     // Drift on an owned field is corrected; a label of somebody else's stays.
     let deployments: Api<Deployment> = cluster.api();
     let drift = json!({"metadata": {"labels": {"team": "night-shift"}},
                        "spec": {"template": {"spec": {"terminationGracePeriodSeconds": 1}}}});
-    deployments.patch("llama", &PatchParams::default(), &Patch::Merge(drift)).await?;
+    deployments
+        .patch("llama", &PatchParams::default(), &Patch::Merge(drift))
+        .await?;
     eventually("the drift is corrected", 20, || async {
         let deployment = deployments.get("llama").await?;
-        let pod = deployment.spec.as_ref().and_then(|spec| spec.template.spec.as_ref());
+        let pod = deployment
+            .spec
+            .as_ref()
+            .and_then(|spec| spec.template.spec.as_ref());
         let grace = pod.and_then(|pod| pod.termination_grace_period_seconds);
         Ok((grace != Some(1)).then_some(()))
     })
     .await?;
-    ensure!(deployments.get("llama").await?.labels().get("team").is_some(), "a foreign label was taken away");
+    ensure!(
+        deployments
+            .get("llama")
+            .await?
+            .labels()
+            .get("team")
+            .is_some(),
+        "a foreign label was taken away"
+    );
 
     // A deleted part comes back; the whole goes with its owner.
-    cluster.api::<KubeService>().delete("llama", &DeleteParams::default()).await?;
-    eventually("the Service is back", 20, || async { Ok(cluster.api::<KubeService>().get_opt("llama").await?) }).await?;
-    service.api().delete("llama", &DeleteParams::foreground()).await?;
+    cluster
+        .api::<KubeService>()
+        .delete("llama", &DeleteParams::default())
+        .await?;
+    eventually("the Service is back", 20, || async {
+        Ok(cluster.api::<KubeService>().get_opt("llama").await?)
+    })
+    .await?;
+    service
+        .api()
+        .delete("llama", &DeleteParams::foreground())
+        .await?;
     eventually("everything is collected", 60, || async {
-        let left = deployments.get_opt("llama").await?.is_some() || !service.pods().await?.is_empty();
+        let left =
+            deployments.get_opt("llama").await?.is_some() || !service.pods().await?.is_empty();
         Ok((!left).then_some(()))
     })
     .await?;
@@ -86,7 +125,8 @@ async fn lifecycle_tells_why_a_pod_does_not_start() -> Result<()> {
     image["spec"]["pod"]["image"] = json!("stoker/there-is-no-such-image:1");
     cluster.apply_object(&image).await?;
     let mut accelerator = simulated("no-gpu");
-    accelerator["spec"]["resources"]["accelerator"] = json!({"resource": "nvidia.com/gpu", "count": 64});
+    accelerator["spec"]["resources"]["accelerator"] =
+        json!({"resource": "nvidia.com/gpu", "count": 64});
     cluster.apply_object(&accelerator).await?;
     let mut crash = simulated("crashes");
     crash["spec"]["engine"]["extraArgs"] = json!(["--no-such-flag"]);
@@ -105,7 +145,10 @@ async fn lifecycle_tells_why_a_pod_does_not_start() -> Result<()> {
         })
         .await?;
         let ready = service.condition("Ready").await?;
-        ensure!(ready["status"] == "False", "{name} is Ready without a replica: {ready}");
+        ensure!(
+            ready["status"] == "False",
+            "{name} is Ready without a replica: {ready}"
+        );
         Ok(())
     };
     says("no-image", "Ready", "there-is-no-such-image").await?;
@@ -115,8 +158,15 @@ async fn lifecycle_tells_why_a_pod_does_not_start() -> Result<()> {
     says("no-claim", "Ready", "no-such-claim").await?;
 
     // Once a condition, not once a reconcile: the events of each object stay few.
-    let events = cluster.api::<Event>().list(&ListParams::default().fields("involvedObject.name=no-gpu")).await?;
-    ensure!((1..=6).contains(&events.items.len()), "no-gpu has {} events", events.items.len());
+    let events = cluster
+        .api::<Event>()
+        .list(&ListParams::default().fields("involvedObject.name=no-gpu"))
+        .await?;
+    ensure!(
+        (1..=6).contains(&events.items.len()),
+        "no-gpu has {} events",
+        events.items.len()
+    );
     cluster.remove_namespace().await
 }
 
@@ -125,11 +175,18 @@ async fn lifecycle_is_not_ready_while_no_replica_answers() -> Result<()> {
     let cluster = Cluster::with_namespace("unready").await?;
     let service = ready(&cluster, "llama").await?;
     let transition = service.condition("Ready").await?["lastTransitionTime"].clone();
-    let pod = service.pods().await?.pop().context("a ready service has no pod")?;
+    let pod = service
+        .pods()
+        .await?
+        .pop()
+        .context("a ready service has no pod")?;
     process::kill_container(&pod)?;
     service.wait_for("Ready", "False", None, 20).await?;
     let again = service.wait_for("Ready", "True", None, 60).await?;
-    ensure!(again["lastTransitionTime"] != transition, "the transition left no trace");
+    ensure!(
+        again["lastTransitionTime"] != transition,
+        "the transition left no trace"
+    );
     cluster.remove_namespace().await
 }
 
@@ -138,13 +195,28 @@ async fn lifecycle_scales_by_hand_in_mode_manual_only() -> Result<()> {
     let cluster = Cluster::with_namespace("manual").await?;
     let service = ready(&cluster, "llama").await?;
     let scale = |replicas: i32| Patch::Merge(json!({"spec": {"replicas": replicas}}));
-    let refused = service.api().patch_scale("llama", &PatchParams::default(), &scale(2)).await;
-    let message = refused.err().context("mode Auto took a change of replicas")?.to_string();
-    ensure!(message.contains("scaling.mode: Manual"), "the refusal says {message:?}");
+    let refused = service
+        .api()
+        .patch_scale("llama", &PatchParams::default(), &scale(2))
+        .await;
+    let message = refused
+        .err()
+        .context("mode Auto took a change of replicas")?
+        .to_string();
+    ensure!(
+        message.contains("scaling.mode: Manual"),
+        "the refusal says {message:?}"
+    );
 
     let mode = json!({"spec": {"scaling": {"mode": "Manual"}}});
-    service.api().patch("llama", &PatchParams::default(), &Patch::Merge(mode)).await?;
-    service.api().patch_scale("llama", &PatchParams::default(), &scale(2)).await?;
+    service
+        .api()
+        .patch("llama", &PatchParams::default(), &Patch::Merge(mode))
+        .await?;
+    service
+        .api()
+        .patch_scale("llama", &PatchParams::default(), &scale(2))
+        .await?;
     eventually("two replicas are ready", 60, || async {
         Ok((service.status().await?["readyReplicas"] == 2).then_some(()))
     })

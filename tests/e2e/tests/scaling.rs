@@ -20,7 +20,8 @@ fn simulated(profile: &str, gpus: bool, max_replicas: u32) -> Value {
         },
     });
     if gpus {
-        object["spec"]["resources"]["accelerator"] = json!({"resource": "nvidia.com/gpu", "count": 1});
+        object["spec"]["resources"]["accelerator"] =
+            json!({"resource": "nvidia.com/gpu", "count": 1});
     }
     object
 }
@@ -28,15 +29,28 @@ fn simulated(profile: &str, gpus: bool, max_replicas: u32) -> Value {
 /// Sets how many GPUs the local node offers.
 async fn set_gpus(cluster: &Cluster, count: u32) -> Result<()> {
     let nodes: Api<Node> = Api::all(cluster.client.clone());
-    let node = nodes.list(&ListParams::default()).await?.items.pop().context("the cluster has no node")?;
+    let node = nodes
+        .list(&ListParams::default())
+        .await?
+        .items
+        .pop()
+        .context("the cluster has no node")?;
     let gpus = json!({"nvidia.com/gpu": count.to_string()});
     let patch = Patch::Merge(json!({"status": {"capacity": gpus, "allocatable": gpus}}));
-    nodes.patch_status(&node.metadata.name.unwrap_or_default(), &PatchParams::default(), &patch).await?;
+    nodes
+        .patch_status(
+            &node.metadata.name.unwrap_or_default(),
+            &PatchParams::default(),
+            &patch,
+        )
+        .await?;
     Ok(())
 }
 
 async fn cap(service: &Service) -> Result<i64> {
-    Ok(service.status().await?["dials"]["maxNumSeqs"].as_i64().unwrap_or_default())
+    Ok(service.status().await?["dials"]["maxNumSeqs"]
+        .as_i64()
+        .unwrap_or_default())
 }
 
 async fn back_to_minimum(service: &Service) -> Result<()> {
@@ -56,8 +70,18 @@ async fn scaling_ramp_on_the_simulated_t4() -> Result<()> {
     service.wait_for("Ready", "True", None, 60).await?;
 
     let mut load = Load::start(
-        "ramp-t4", &service.url().await?, "llama-3b", "2:10s,80:110s",
-        &["--prompt-tokens", "800", "--max-tokens", "120"],
+        "ramp-t4",
+        &service.url().await?,
+        "llama-3b",
+        "4:10s,72:50s,72:100s",
+        &[
+            "--ramp-shape",
+            "linear",
+            "--prompt-tokens",
+            "800",
+            "--max-tokens",
+            "120",
+        ],
     )?;
     let begun = Instant::now();
     let mut dials_after = None;
@@ -71,17 +95,20 @@ async fn scaling_ramp_on_the_simulated_t4() -> Result<()> {
         let scheduled = service.condition("Scheduled").await?;
         if scheduled["reason"] == "WaitingForAccelerator" && !waited {
             waited = true;
-            let status = service.status().await?;
-            let reason = status["reason"].as_str().unwrap_or_default().to_owned();
-            eventually("the object says that the dials carry on alone", 10, || async {
-                let reason = service.status().await?["reason"].as_str().unwrap_or_default().to_owned();
-                Ok(reason.contains("dials").then_some(()))
-            })
-            .await
-            .with_context(|| format!("its reason is {reason:?}"))?;
+            eventually(
+                "the object says that the dials carry on alone",
+                20,
+                || async {
+                    let message = service.condition("ScalingActive").await?["message"].to_string();
+                    Ok(message.contains("dials").then_some(()))
+                },
+            )
+            .await?;
             set_gpus(&cluster, 5).await?;
         }
-        let ready = service.status().await?["readyReplicas"].as_i64().unwrap_or_default();
+        let ready = service.status().await?["readyReplicas"]
+            .as_i64()
+            .unwrap_or_default();
         if ready != last_ready.0 {
             last_ready = (ready, Instant::now());
             good_after = None;
@@ -94,14 +121,35 @@ async fn scaling_ramp_on_the_simulated_t4() -> Result<()> {
     }
     let report = load.finish().await?;
 
-    ensure!(report.requests() > 200, "the load sent {} requests only", report.requests());
-    ensure!(report.failed() == 0, "{} of {} requests failed: {:#}", report.failed(), report.requests(), report.0);
+    ensure!(
+        report.requests() > 200,
+        "the load sent {} requests only",
+        report.requests()
+    );
+    ensure!(
+        report.failed() == 0,
+        "{} of {} requests failed: {:#}",
+        report.failed(),
+        report.requests(),
+        report.0
+    );
     let dials_after = dials_after.context("the dials never moved")?;
-    ensure!(dials_after < Duration::from_secs(10), "the dials moved after {dials_after:?}");
+    ensure!(
+        dials_after < Duration::from_secs(10),
+        "the dials moved after {dials_after:?}"
+    );
     ensure!(waited, "no pod ever waited for a GPU");
-    ensure!(last_ready.0 > 3, "{} replicas were ready in the end", last_ready.0);
-    let good_after = good_after.context("the objectives were not met again before the load ended")?;
-    ensure!(good_after < Duration::from_secs(60), "objectives were met {good_after:?} after the last replica");
+    ensure!(
+        last_ready.0 > 3,
+        "{} replicas were ready in the end",
+        last_ready.0
+    );
+    let good_after =
+        good_after.context("the objectives were not met again before the load ended")?;
+    ensure!(
+        good_after < Duration::from_secs(60),
+        "objectives were met {good_after:?} after the last replica"
+    );
 
     back_to_minimum(&service).await?;
     set_gpus(&cluster, 4).await?;
@@ -115,7 +163,10 @@ async fn scaling_cap_follows_the_load_on_the_simulated_h100() -> Result<()> {
     let service = cluster.service("llama-3b");
     service.wait_for("Ready", "True", None, 60).await?;
     let mut load = Load::start(
-        "ramp-h100", &service.url().await?, "llama-3b", "4:10s,48:30s",
+        "ramp-h100",
+        &service.url().await?,
+        "llama-3b",
+        "4:10s,48:30s",
         &["--prompt-tokens", "400", "--max-tokens", "100"],
     )?;
     let mut highest = 0;
@@ -124,7 +175,15 @@ async fn scaling_cap_follows_the_load_on_the_simulated_h100() -> Result<()> {
         tokio::time::sleep(Duration::from_millis(500)).await;
     }
     let report = load.finish().await?;
-    ensure!(report.failed() == 0, "{} of {} requests failed", report.failed(), report.requests());
-    ensure!(highest >= 48, "the cap went up to {highest} only while 48 users waited");
+    ensure!(
+        report.failed() == 0,
+        "{} of {} requests failed",
+        report.failed(),
+        report.requests()
+    );
+    ensure!(
+        highest >= 48,
+        "the cap went up to {highest} only while 48 users waited"
+    );
     cluster.remove_namespace().await
 }
