@@ -26,7 +26,7 @@ pub enum Behaviour {
     EndEarly(u32),
     /// Accepts and says nothing; its probes still answer.
     Hang,
-    /// Says nothing to anything.
+    /// Says nothing to anything, like a stopped process, until it behaves otherwise.
     HangAll,
     /// 503 to requests and to /ready.
     Drain,
@@ -171,10 +171,10 @@ impl Replica {
         head: &str,
         body: &[u8],
     ) -> Option<()> {
-        let behaviour = *self.behaviour.lock();
-        if behaviour == Behaviour::HangAll {
-            std::future::pending::<()>().await;
+        while *self.behaviour.lock() == Behaviour::HangAll {
+            tokio::time::sleep(Duration::from_millis(5)).await;
         }
+        let behaviour = *self.behaviour.lock();
         match path.split('?').next().unwrap() {
             "/ready" | "/health" => {
                 let ready = behaviour != Behaviour::Drain;
