@@ -12,12 +12,21 @@ step() {
   local title=$1 log=$logs/$2.log advice=$3 from=$SECONDS
   shift 3
   echo "== $title"
-  if ! "$@" >"$log" 2>&1; then
-    tail -n 40 "$log"
+  "$@" >"$log" 2>&1 &
+  local pid=$! last=$SECONDS
+  while kill -0 "$pid" 2>/dev/null; do
+    sleep 0.2
+    if ((SECONDS - last >= 30)); then
+      last=$SECONDS
+      echo "   $((SECONDS - from)) s: $(tail -n 1 "$log" | cut -c1-100)"
+    fi
+  done
+  if ! wait "$pid"; then
+    tail -n 60 "$log"
     echo "FAILED: $title. Log: $log. What to do: $advice"
     exit 1
   fi
-  grep -E '^(test result|ok  )|passed' "$log" || true
+  grep -E '^(test result|ok  )' "$log" || true
   echo "   $((SECONDS - from)) s"
 }
 
