@@ -118,7 +118,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     }
     println!("100 new tokens each, on a real clock:");
     let t4 = [(1, 37.0), (2, 69.0), (4, 135.6), (8, 265.1)];
-    let h100 = [(1, 426.0), (8, 3212.0), (64, 17247.0)];
+    let h100 = [(1, 426.0), (8, 3212.0)];
     for (profile, figures) in [(Profile::t4(), t4.as_slice()), (Profile::h100(), &h100)] {
         for &(batch, measured) in figures {
             for prompt in [16, 32] {

@@ -35,6 +35,14 @@ const FEW: usize = 16;
 /// Rounds of fitting and judging the noise anew.
 const ROUNDS: usize = 4;
 
+/// Standard deviations of a guessed prior's terms: relative ones, but for `hidden`.
+const UNKNOWN: Vector = [2.0, 2.0, 2.0, 2.0, 0.6];
+/// The same of a prior that was measured: a sweep of a dozen steps tells base and compute well,
+/// the small terms less so.
+const KNOWN: Vector = [0.05, 0.25, 0.1, 0.25, 0.1];
+/// Confidence from which on a prior counts as measured.
+const KNOWN_FROM: f64 = 0.5;
+
 /// An online fit of the law to observed steps: bounded in memory, robust to outliers, forgetting
 /// what newer steps contradict. Terms are never negative and `hidden` stays within 0..=1.
 #[derive(Clone, Debug)]
@@ -145,13 +153,16 @@ impl LawFit {
             1.0,
         ];
         let trust = self.prior.confidence;
-        let relative = 2.0 * (1.0 - trust) + 0.3 * trust;
-        let hidden = 0.6 * (1.0 - trust) + 0.15 * trust;
+        let known = (trust / KNOWN_FROM).min(1.0);
         Problem {
             samples,
             scale,
             prior: in_units(law, &scale),
-            deviation: [relative, relative, relative, relative, hidden],
+            deviation: std::array::from_fn(|term| {
+                UNKNOWN[term] * (1.0 - known) + KNOWN[term] * known
+            }),
+            // From Cauchy's distribution for a guess to nearly a normal one.
+            freedom: (1.0 - trust).max(0.1).powi(-2),
         }
     }
 
@@ -159,17 +170,14 @@ impl LawFit {
         let Some(after) = deviations(&solution.hessian) else {
             return self.confidence;
         };
-        // How much narrower than the prior's each term's distribution has become.
+        // How much narrower than a guess's each term's distribution has become.
         let told: f64 = (0..TERMS)
-            .map(|term| {
-                let left = (after[term] / problem.deviation[term]).min(1.0);
-                1.0 - (1.0 - self.prior.confidence) * left
-            })
+            .map(|term| 1.0 - (after[term] / UNKNOWN[term]).min(1.0))
             .sum::<f64>()
             / TERMS as f64;
         let explained = 1.0 / (1.0 + (sigma / 0.2).powi(2));
         let weight: f64 = problem.samples.iter().map(|sample| sample.weight).sum();
-        let number = weight / (weight + 8.0);
+        let number = weight / (weight + 4.0);
         let trust = self.prior.confidence;
         (trust + number * (told * explained - trust)).clamp(0.0, 1.0)
     }

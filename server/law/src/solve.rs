@@ -35,6 +35,9 @@ pub(crate) struct Problem<'a> {
     /// The prior, and its standard deviation, in units of `scale`.
     pub prior: Vector,
     pub deviation: Vector,
+    /// Degrees of freedom of the prior's Student distribution: few let the terms go far from a
+    /// prior that doesn't fit, many hold them.
+    pub freedom: f64,
 }
 
 pub(crate) struct Solution {
@@ -133,11 +136,9 @@ impl Problem<'_> {
             }
         }
         for row in 0..TERMS {
-            // Cauchy: near the prior quadratic, far from it hardly more than nothing, so that a
-            // device of another kind than the prior's doesn't have to argue against it.
             let off = (x[row] - self.prior[row]) / self.deviation[row];
-            let pull = 1.0 / (1.0 + off * off);
-            cost -= 0.5 * pull.ln();
+            let pull = 1.0 / (1.0 + off * off / self.freedom);
+            cost -= 0.5 * self.freedom * pull.ln();
             gradient[row] += pull * off / self.deviation[row];
             hessian[row][row] += pull / (self.deviation[row] * self.deviation[row]);
         }

@@ -190,15 +190,42 @@ fn outliers_move_little() {
 
 #[test]
 fn follows_a_card_that_slows_down() {
-    let mut random = Random(23);
-    let mut fit = learn(&T4, Prior::default(), 3_000, 4, 32, 512);
-    let throttled = T4.slowed(1.4);
-    for _ in 0..1_500 {
-        let shape = mixed(&mut random, 32, 512);
-        fit.observe(shape, throttled.step_seconds(shape) * random.noise(0.03));
+    let calibrated = Prior {
+        law: T4,
+        confidence: 0.9,
+    };
+    for prior in [Prior::default(), calibrated] {
+        let mut random = Random(23);
+        let mut fit = learn(&T4, prior, 3_000, 4, 32, 512);
+        let throttled = T4.slowed(1.4);
+        for _ in 0..1_500 {
+            let shape = mixed(&mut random, 32, 512);
+            fit.observe(shape, throttled.step_seconds(shape) * random.noise(0.03));
+        }
+        let error = worst_error(&fit.law(), &throttled, 32, 512);
+        assert!(error < 0.06, "off by {error}: {:?}", fit.law());
     }
-    let error = worst_error(&fit.law(), &throttled, 32, 512);
-    assert!(error < 0.06, "off by {error}: {:?}", fit.law());
+}
+
+#[test]
+fn a_measured_prior_holds_what_a_burst_of_prompts_cannot_tell() {
+    // Long chunks only: compute-bound, so that the base hardly shows.
+    for seed in 0..8 {
+        let calibrated = Prior {
+            law: T4,
+            confidence: 0.6,
+        };
+        let mut random = Random(seed);
+        let mut fit = LawFit::new(calibrated);
+        for _ in 0..50 {
+            let mut shape = decode(1 + random.below(40), 300);
+            shape.sequences += 4;
+            shape.tokens += 600 + random.below(1000);
+            fit.observe(shape, T4.step_seconds(shape) * random.noise(0.03));
+        }
+        let error = worst_error(&fit.law(), &T4, 48, 2048);
+        assert!(error < 0.1, "off by {error}: {:?}", fit.law());
+    }
 }
 
 #[test]
@@ -252,7 +279,7 @@ proptest! {
         prop_assert!(law.hidden <= 1.0);
         prop_assert!((0.0..=1.0).contains(&fit.confidence()));
         let error = worst_error(&law, &truth, 48, 1024);
-        prop_assert!(error < 0.06, "off by {error}: {law:?} for {truth:?}");
+        prop_assert!(error < 0.1, "off by {error}: {law:?} for {truth:?}");
 
         let mut random = Random(seed);
         let mut wild = LawFit::new(Prior::default());
