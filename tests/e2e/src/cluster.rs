@@ -4,11 +4,14 @@ use std::future::Future;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
-use k8s_openapi::api::core::v1::Namespace;
-use kube::api::{Api, DeleteParams, DynamicObject, ObjectMeta, Patch, PatchParams, PostParams};
+use k8s_openapi::api::core::v1::{Namespace, Pod};
+use kube::api::{
+    Api, DeleteParams, DynamicObject, ListParams, ObjectMeta, Patch, PatchParams, PostParams,
+};
 use kube::core::GroupVersionKind;
 use kube::{Client, discovery};
 use serde_json::Value;
+use stoker_api::InferenceService;
 
 use crate::service::Service;
 
@@ -64,6 +67,23 @@ impl Cluster {
         if namespaces.get_opt(&self.namespace).await?.is_none() {
             return Ok(());
         }
+        // Services first, and their pods: a namespace that still has pods when it is deleted waits
+        // for half of their grace period, 150 s, before it looks at anything else.
+        let services: Api<InferenceService> = self.api();
+        match services
+            .delete_collection(&DeleteParams::default(), &ListParams::default())
+            .await
+        {
+            // A cluster without the CRD has no services.
+            Err(kube::Error::Api(status)) if status.is_not_found() => {}
+            deleted => drop(deleted?),
+        }
+        let pods = ListParams::default().labels(stoker_api::names::SERVICE_LABEL);
+        eventually("the services' pods are gone", 120, || async {
+            let left = self.api::<Pod>().list(&pods).await?.items;
+            Ok(left.is_empty().then_some(()))
+        })
+        .await?;
         namespaces
             .delete(&self.namespace, &DeleteParams::default())
             .await?;
