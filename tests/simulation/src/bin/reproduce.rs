@@ -1,0 +1,131 @@
+//! Table A of the reference study, made anew: each peer tuned in hindsight on each trace, in
+//! replica-hours relative to the oracle, beside the study's figures.
+//!
+//! `cargo run --release -p stoker-simulation --bin reproduce -- --trace tests/traces/…csv`
+
+use std::path::PathBuf;
+
+use anyhow::Result;
+use clap::Parser;
+use stoker_simulation::policy::Peer;
+use stoker_simulation::score::Score;
+use stoker_simulation::{Backend, Mix, Setup, Shape, Trace, oracle, tuning};
+
+#[derive(Parser)]
+#[command(about = "Table A of the reference study, made anew")]
+struct Args {
+    /// The trace that gives the mix, and is the first column.
+    #[arg(long)]
+    trace: PathBuf,
+    /// Only these columns.
+    #[arg(long, value_delimiter = ',')]
+    only: Vec<String>,
+    #[arg(long, default_value_t = 400)]
+    oracle_runs: u32,
+    /// engine, or lockstep: the scheduler that the study had (faster, too).
+    #[arg(long, default_value = "lockstep")]
+    backend: String,
+    #[arg(long, default_value_t = 2)]
+    threads: usize,
+}
+
+/// The study's figure: x oracle at 99 % good, or below 0 the best good % where that is never
+/// reached.
+const STUDY: [(Peer, [f64; 6]); 11] = [
+    (Peer::Fixed, [1.39, 1.54, 1.37, 1.62, 2.40, 1.89]),
+    (Peer::Kpa, [1.44, 1.36, 1.52, -96.9, -90.2, -40.2]),
+    (Peer::HpaWaiting, [-95.8, -97.2, 2.14, -98.9, -74.5, -36.2]),
+    (Peer::HpaInflight, [1.17, 1.24, 1.68, 3.54, 6.36, -36.4]),
+    (Peer::KubeAi, [1.21, 1.66, 1.59, -96.8, -87.6, -33.2]),
+    (Peer::WvaV1, [1.49, 1.23, 1.53, 2.34, 2.80, -27.1]),
+    (Peer::WvaV2, [1.81, 1.46, 2.18, -97.7, -83.1, -38.0]),
+    (Peer::AibrixApa, [1.32, 1.36, 1.86, 3.59, 5.56, 4.22]),
+    (Peer::Dynamo, [1.06, 1.17, 1.68, 3.84, 4.56, 5.01]),
+    (Peer::RayServe, [1.20, 1.39, 1.71, 7.44, -90.3, -63.9]),
+    (Peer::ProductionStack, [1.16, 1.19, 1.47, 2.87, -93.2, 2.94]),
+];
+const COLUMNS: [&str; 6] = ["conv", "diurnal", "sawtooth", "step", "spike", "onoff"];
+
+fn main() -> Result<()> {
+    let args = Args::parse();
+    let conv = Trace::read(&args.trace)?;
+    let mix = Mix::of(&conv);
+    let backend = match args.backend.as_str() {
+        "engine" => Backend::Engine,
+        _ => Backend::Lockstep,
+    };
+    let setup = Setup::study().with_backend(backend);
+    for (column, name) in COLUMNS.iter().enumerate() {
+        if !args.only.is_empty() && !args.only.iter().any(|only| only == name) {
+            continue;
+        }
+        let trace = match Shape::by_name(name) {
+            Some(shape) => shape.generate(shape.study_peak(), &mix, 1),
+            None => conv.clone(),
+        };
+        let caps = [24, 48];
+        let found = tuning::parallel(&caps, args.threads, |&cap| {
+            oracle::search(&setup.with_dials(cap, 2048), &trace, args.oracle_runs)
+        });
+        let oracles = found.into_iter().flatten();
+        let hours = (oracles.map(|o| o.outcome.score.replica_hours)).fold(f64::INFINITY, f64::min);
+        println!(
+            "\n{name}: {} requests, oracle {hours:.2} h",
+            trace.requests.len()
+        );
+        let settings = tuning::grid(&Peer::ALL, &[8, 32, 128], &[2048]);
+        let scores = tuning::scores(&settings, &setup, &trace, Backend::Lockstep, args.threads);
+        println!("| policy | setting | here | study | |");
+        println!("| --- | --- | --- | --- | --- |");
+        for (peer, figures) in &STUDY {
+            let group: Vec<_> = (scores.iter())
+                .filter(|(setting, _)| setting.peer == *peer)
+                .copied()
+                .collect();
+            let best = match backend {
+                Backend::Engine => tuning::verified(&group, &setup, &trace)
+                    .map(|(setting, outcome)| (setting, outcome.score)),
+                _ => tuning::best(group.iter(), 99.0, |score| score.good).copied(),
+            };
+            if let (Some((setting, score)), Some(study)) = (best, figures.get(column)) {
+                let here = figure(&score, hours);
+                println!(
+                    "| {} | {}, {} | {} | {} | {} |",
+                    peer.name(),
+                    setting.max_num_seqs,
+                    setting.parameter,
+                    words(here),
+                    words(*study),
+                    verdict(here, *study)
+                );
+            }
+        }
+    }
+    Ok(())
+}
+
+fn figure(score: &Score, oracle: f64) -> f64 {
+    if score.good >= 99.0 {
+        score.replica_hours / oracle
+    } else {
+        -score.good
+    }
+}
+
+fn words(figure: f64) -> String {
+    if figure < 0.0 {
+        format!("({:.1})", -figure)
+    } else {
+        format!("{figure:.2}")
+    }
+}
+
+/// How far apart both are; figures of different kinds can't be compared.
+fn verdict(here: f64, study: f64) -> String {
+    if (here < 0.0) != (study < 0.0) {
+        return "differs".into();
+    }
+    let off = 100.0 * (here / study - 1.0);
+    let holds = if off.abs() <= 10.0 { "holds" } else { "off" };
+    format!("{holds}, {off:+.0} %")
+}

@@ -1,0 +1,208 @@
+//! Pods come, go and fail as told.
+
+use super::*;
+use crate::flight::State;
+use crate::policy::{Fixed, Schedule, Stoker};
+use crate::replica::Backend;
+use crate::score::Score;
+use crate::trace::{Mix, Shape, Trace};
+
+fn steady(rate: f64, seconds: f64) -> Trace {
+    Shape::Steady
+        .generate(rate / 0.7, &Mix::fixed(800, 100), 1)
+        .first(seconds)
+}
+
+fn fast() -> Setup {
+    Setup::study().with_backend(Backend::Surrogate)
+}
+
+fn score(setup: &Setup, trace: &Trace) -> Score {
+    simulate(setup, trace, &mut Fixed::new(setup.replicas, setup.dials)).score
+}
+
+#[test]
+fn the_same_seed_gives_the_same_run_and_another_one_another() {
+    for backend in [Backend::Engine, Backend::Surrogate, Backend::Lockstep] {
+        let setup = Setup::study().with_backend(backend).with_replicas(3);
+        let trace = steady(3.0, 300.0);
+        let run = |setup: &Setup| {
+            let outcome = simulate(setup, &trace, &mut Stoker::new(setup));
+            let times = outcome.ledger.flights.iter().map(|f| f.last_token);
+            (outcome.score, times.collect::<Vec<_>>())
+        };
+        assert_eq!(run(&setup), run(&setup));
+        let other = Setup {
+            seed: 2,
+            ..setup.clone()
+        };
+        assert_ne!(run(&setup).1, run(&other).1);
+    }
+}
+
+#[test]
+fn a_replica_costs_from_its_creation_until_it_is_gone() {
+    let trace = steady(1.0, 3540.0);
+    let fixed = score(&fast().with_replicas(3), &trace);
+    assert!((fixed.replica_hours - 3.0).abs() < 0.01, "{fixed:?}");
+    // One for the first half, three then: paid for while they start.
+    let setup = fast();
+    let mut schedule = Schedule {
+        slot: 60.0,
+        replicas: [vec![1; 30], vec![3; 40]].concat(),
+        dials: setup.dials,
+    };
+    let outcome = simulate(&setup, &trace, &mut schedule);
+    assert!(
+        (outcome.score.replica_hours - 2.0).abs() < 0.01,
+        "{:?}",
+        outcome.score
+    );
+    assert_eq!((outcome.score.changes, outcome.score.reversals), (1, 0));
+    let ready_at = |n: u32| outcome.timeline.iter().find(|p| p.ready >= n).unwrap().t;
+    assert!((1870.0..1890.0).contains(&ready_at(3)), "{}", ready_at(3));
+}
+
+#[test]
+fn warm_nodes_run_out_and_come_back() {
+    let setup = fast();
+    let trace = steady(0.2, 2400.0);
+    let mut schedule = Schedule {
+        slot: 60.0,
+        // Four more at 1 min; two less at 15 min, whose nodes stay warm for two more at 20 min.
+        replicas: [vec![1], vec![5; 14], vec![3; 5], vec![5; 60]].concat(),
+        dials: setup.dials,
+    };
+    let timeline = simulate(&setup, &trace, &mut schedule).timeline;
+    let ready = |t: f64| timeline.iter().find(|p| p.t >= t).unwrap().ready;
+    assert_eq!(ready(60.0 + 70.0), 1);
+    assert_eq!(ready(60.0 + 80.0), 3);
+    assert_eq!(ready(60.0 + 230.0), 3);
+    assert_eq!(ready(60.0 + 250.0), 5);
+    assert_eq!(ready(1200.0 - 10.0), 3);
+    assert_eq!(ready(1200.0 + 80.0), 5);
+}
+
+#[test]
+fn a_draining_replica_finishes_what_it_has() {
+    let setup = fast().with_replicas(2);
+    let trace = steady(1.0, 600.0);
+    let mut schedule = Schedule {
+        slot: 60.0,
+        replicas: vec![2, 2, 1],
+        dials: setup.dials,
+    };
+    let outcome = simulate(&setup, &trace, &mut schedule);
+    assert_eq!(outcome.score.failed + outcome.score.timeouts, 0);
+    assert!(
+        outcome
+            .ledger
+            .flights
+            .iter()
+            .all(|f| f.state == State::Done)
+    );
+    let hours = outcome.score.replica_hours * 3600.0;
+    // The second replica went soon after 120 s.
+    assert!((660.0 + 120.0..660.0 + 150.0).contains(&hours), "{hours}");
+}
+
+#[test]
+fn clients_give_up_after_their_patience() {
+    let trace = steady(6.0, 200.0);
+    let outcome = simulate(&fast(), &trace, &mut Fixed::new(1, fast().dials));
+    assert!(outcome.score.timeouts > 100, "{:?}", outcome.score);
+    assert!(outcome.ledger.flights.iter().all(|f| match f.state {
+        State::Done => f.ttft() <= 60.0,
+        State::TimedOut => f.first_token.is_nan(),
+        _ => false,
+    }));
+    assert_eq!(outcome.score.ttft_p99, 60.0);
+}
+
+#[test]
+fn spreading_by_load_beats_a_plain_service() {
+    let trace = steady(4.0, 900.0);
+    let setup = fast().with_replicas(5);
+    let random = Setup {
+        routing: Routing::Connections {
+            connections: 20,
+            max_age: 30.0,
+        },
+        ..setup.clone()
+    };
+    let (least, random) = (score(&setup, &trace), score(&random, &trace));
+    assert!(least.ttft_p99 < random.ttft_p99, "{least:?} {random:?}");
+    assert!(random.good > 50.0, "{random:?}");
+}
+
+#[test]
+fn a_dead_replicas_requests_fail_or_go_elsewhere_and_a_new_one_comes() {
+    let setup = Setup {
+        faults: vec![Fault::Dies { at: 300.0 }],
+        ..fast().with_replicas(3)
+    };
+    let outcome = simulate(&setup, &steady(3.0, 900.0), &mut Fixed::new(3, setup.dials));
+    assert!(
+        (1..=15).contains(&outcome.score.failed),
+        "{:?}",
+        outcome.score
+    );
+    let ready = |t: f64| outcome.timeline.iter().find(|p| p.t >= t).unwrap().ready;
+    assert_eq!((ready(290.0), ready(310.0), ready(390.0)), (3, 2, 3));
+}
+
+#[test]
+fn without_nodes_only_warm_ones_serve() {
+    let setup = Setup {
+        faults: vec![Fault::NoNodes { during: 0.0..1e9 }],
+        ..fast()
+    };
+    let mut schedule = Schedule {
+        slot: 60.0,
+        replicas: vec![1, 6],
+        dials: setup.dials,
+    };
+    let outcome = simulate(&setup, &steady(0.5, 900.0), &mut schedule);
+    let last = outcome.timeline.last().unwrap();
+    assert_eq!((last.ready, last.pods), (3, 6));
+}
+
+#[test]
+fn ours_bears_faults() {
+    let all = 0.0..1e9;
+    let faults = [
+        vec![Fault::ScrapesLost {
+            share: 0.5,
+            during: all.clone(),
+        }],
+        vec![Fault::ScrapesLate {
+            seconds: 8.0,
+            during: all.clone(),
+        }],
+        vec![Fault::Slow {
+            nth: 1,
+            factor: 3.0,
+        }],
+        vec![Fault::Restarts { every: 60.0 }],
+        vec![Fault::NoNodes { during: all }],
+        vec![Fault::WritesRefused {
+            during: 100.0..220.0,
+        }],
+        vec![Fault::CountersReset { at: 300.0 }],
+        vec![Fault::Nonsense { nth: 0 }],
+    ];
+    let trace = steady(2.5, 900.0);
+    for faults in faults {
+        let setup = Setup {
+            faults: faults.clone(),
+            ..fast().with_replicas(3)
+        };
+        let outcome = simulate(&setup, &trace, &mut Stoker::new(&setup));
+        let score = outcome.score;
+        // Never below what the load needs, no flapping.
+        assert!(score.good > 90.0, "{faults:?}: {score:?}");
+        assert!(score.reversals <= 3, "{faults:?}: {score:?}");
+        let least = outcome.timeline.iter().map(|p| p.desired).min();
+        assert!(least >= Some(2), "{faults:?}: {score:?}");
+    }
+}
