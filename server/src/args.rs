@@ -116,9 +116,10 @@ pub struct Args {
         long,
         env = "STOKER_MAX_WAITING",
         default_value_t = 256,
-        value_name = "N"
+        value_name = "N",
+        value_parser = clap::value_parser!(u32).range(1..)
     )]
-    pub max_waiting: usize,
+    pub max_waiting: u32,
 
     /// Largest request body
     #[arg(
@@ -328,7 +329,12 @@ mod tests {
 
     #[test]
     fn numbers_are_checked_by_the_parser() {
-        for line in ["--max-num-seqs 0", "--port 70000", "--device tpu"] {
+        for line in [
+            "--max-num-seqs 0",
+            "--max-waiting 0",
+            "--port 70000",
+            "--device tpu",
+        ] {
             let words = format!("stoker-server {line}");
             assert!(
                 Args::try_parse_from(words.split_whitespace()).is_err(),

@@ -158,12 +158,13 @@ impl Lifecycle {
     /// Connection: close: its client could not know, and hears it by this answer. Work on new
     /// connections is refused.
     pub fn admit(self: &Arc<Self>, accepted: Instant) -> Result<ActiveRequest, ApiError> {
-        // Counted first, so that a drain that begins now waits for this request or refuses it.
-        self.active.fetch_add(1, Ordering::AcqRel);
-        let active = ActiveRequest(self.clone());
+        // Counted while the phase can't change, so that a drain waits for all that it doesn't
+        // refuse. What is refused is never counted: it must not keep a drain waiting.
         match &*self.phase.borrow() {
-            Phase::Ready | Phase::LameDuck => Ok(active),
-            Phase::Draining { since } if accepted < *since && self.progress() >= 1.0 => Ok(active),
+            Phase::Ready | Phase::LameDuck => Ok(self.count()),
+            Phase::Draining { since } if accepted < *since && self.progress() >= 1.0 => {
+                Ok(self.count())
+            }
             Phase::Draining { .. } => Err(ApiError::unavailable(
                 "draining",
                 "this replica is shutting down; send the request again",
@@ -185,6 +186,11 @@ impl Lifecycle {
             )
             .closing()),
         }
+    }
+
+    fn count(self: &Arc<Self>) -> ActiveRequest {
+        self.active.fetch_add(1, Ordering::AcqRel);
+        ActiveRequest(self.clone())
     }
 
     /// API requests whose answer is not complete.
@@ -261,5 +267,18 @@ mod tests {
         assert!(!waiter.is_finished());
         drop(request);
         waiter.await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn refused_requests_do_not_hold_up_a_drain() {
+        let lifecycle = Lifecycle::new();
+        lifecycle.set_ready();
+        lifecycle.drain();
+        let mut idle = std::pin::pin!(lifecycle.idle_for(Duration::from_millis(50)));
+        // Refusals come faster than the pause that the drain waits for.
+        while futures::poll!(&mut idle).is_pending() {
+            assert!(lifecycle.admit(Instant::now()).is_err());
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
     }
 }

@@ -82,7 +82,7 @@ pub fn start(args: &Args, app: &Arc<App>) -> Result<(), StartError> {
         clock,
         limits: limits(args, capacity),
         config: EngineConfig {
-            max_waiting: args.max_waiting,
+            max_waiting: args.max_waiting as usize,
             law_prior: prior,
         },
         objectives: args.objectives()?,
@@ -105,7 +105,7 @@ pub fn start(args: &Args, app: &Arc<App>) -> Result<(), StartError> {
             tokenizer: loaded.tokenizer,
             chat_template: loaded.chat_template,
             max_model_len: capacity.max_model_len,
-            max_waiting: args.max_waiting,
+            max_waiting: args.max_waiting as usize,
             default_chat_tokens: loaded.default_chat_tokens,
         })
         .map_err(|_| StartError::Twice)?;

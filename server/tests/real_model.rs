@@ -25,6 +25,9 @@ const KV_TOKENS: u64 = 720;
 /// Keys and values of 30 layers of 3 heads of 64 in f16.
 const KV_BYTES_PER_TOKEN: u64 = 2 * 30 * 3 * 64 * 2;
 
+/// A KV cache for the whole context.
+const ROOMY: &[&str] = &["--kv-cache-memory-bytes", "268435456"];
+
 #[derive(Deserialize)]
 struct Reference {
     prompts: Vec<Prompt>,
@@ -113,7 +116,7 @@ fn greedy(prompt: Value) -> Value {
 
 #[tokio::test]
 async fn the_capital_of_france() {
-    let server = start(&["--served-model-name", "smollm2"]).await;
+    let server = start(&[&["--served-model-name", "smollm2"], ROOMY].concat()).await;
     let body = json!({"model": "smollm2", "temperature": 0, "messages": [
         {"role": "user", "content": "What is the capital of France?"}]});
     let (status, answer) = server.post("/v1/chat/completions", &body).await;
@@ -139,7 +142,7 @@ async fn the_capital_of_france() {
 
 #[tokio::test]
 async fn the_reference_one_by_one() {
-    let server = start(&[]).await;
+    let server = start(ROOMY).await;
     for prompt in prompts() {
         let answer = server.complete(greedy(json!(prompt.prompt))).await;
         let text = answer["choices"][0]["text"].as_str().unwrap();

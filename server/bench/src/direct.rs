@@ -11,7 +11,7 @@ use stoker_engine::{
     Clock, Engine, EngineConfig, Event, Limits, Profile, RealClock, Request, RequestId,
     SimulatedExecutor,
 };
-use stoker_model::{LoadOptions, LoadedModel};
+use stoker_model::{KvMemory, LoadOptions, LoadedModel};
 
 use crate::prompts::{Mix, Prompts, token_ids};
 use crate::stats::Summary;
@@ -47,6 +47,9 @@ pub struct DirectArgs {
     /// Threads that compute, for --device cpu [default: as many as the process may use]
     #[arg(long)]
     threads: Option<usize>,
+    /// Bytes of memory for the KV cache, for --device cpu
+    #[arg(long, default_value_t = 1 << 30)]
+    kv_cache_memory_bytes: u64,
     /// Token ids that prompts are made of
     #[arg(long, default_value = "1000..30000", value_parser = token_ids)]
     token_ids: std::ops::Range<u32>,
@@ -159,6 +162,7 @@ fn executor(args: &DirectArgs, clock: RealClock) -> Result<(String, Box<dyn Exec
                 .context("--device cpu needs --model, the path of a GGUF file")?;
             let options = LoadOptions {
                 threads: args.threads,
+                kv_memory: KvMemory::Bytes(args.kv_cache_memory_bytes),
                 ..LoadOptions::default()
             };
             let model = LoadedModel::load(path, &options, &|_| {})?;

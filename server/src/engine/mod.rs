@@ -271,3 +271,6 @@ impl Drop for Generation {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -136,6 +136,13 @@ impl Requests {
             (engine::FinishReason::Abort, _) => FinishReason::Abort,
         };
         self.metrics.finished(reason);
+        tracing::debug!(
+            ?reason,
+            prompt_tokens = entry.prompt_tokens,
+            generated_tokens,
+            seconds = at - entry.arrival,
+            "request finished"
+        );
         let ttft_limit = self.objectives.ttft_limit(entry.prompt_tokens);
         if reason == FinishReason::Abort {
             // A client that gave up counts as a miss only where it had waited too long already.

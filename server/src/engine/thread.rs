@@ -18,6 +18,9 @@ use super::{AbortCause, Command, EngineStart, NewRequest, Shared, Snapshot, Subm
 /// requests which arrive meanwhile are in it, early enough that the device never waits.
 const SUBMIT_AFTER: f64 = 0.5;
 
+/// Longest wait for late requests, in seconds: bounds what a law that errs can cost.
+const MAX_SUBMIT_DELAY: f64 = 0.01;
+
 /// Longest hint in a Retry-After header, in seconds.
 const MAX_RETRY_AFTER: f64 = 60.0;
 
@@ -115,7 +118,7 @@ impl EngineThread {
     fn submit_at(&self) -> Option<f64> {
         let (began, shape) = self.watch.oldest()?;
         let seconds = self.engine.stats().law.step_seconds(shape);
-        Some(began + SUBMIT_AFTER * seconds)
+        Some(began + (SUBMIT_AFTER * seconds).min(MAX_SUBMIT_DELAY))
     }
 
     fn handle(&mut self, command: Command) {

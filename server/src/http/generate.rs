@@ -145,7 +145,7 @@ pub async fn start(
     let Prepared {
         requests, stops, ..
     } = prepared;
-    if requests.len() > serving.max_waiting.max(1) {
+    if requests.len() > serving.max_waiting {
         return Err(ApiError::invalid(
             param,
             format!(
