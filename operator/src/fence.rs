@@ -4,6 +4,7 @@
 //! through only while this process leads: whoever was paused past the lease's deadline wakes up
 //! unable to write, whatever it was about to do.
 
+use std::fmt;
 use std::future::Future;
 use std::pin::Pin;
 use std::task::{Context, Poll};
@@ -11,6 +12,7 @@ use std::time::Duration;
 
 use axum::http::{Method, Request, Response};
 use kube::client::{Body, ClientBuilder};
+use kube::core::Status;
 use kube::{Client, Config};
 use tower::{BoxError, Layer, Service};
 
@@ -25,6 +27,51 @@ pub enum FenceError {
     NotLeading,
     #[error("the API server did not answer within {} s", CALL_TIMEOUT.as_secs())]
     Timeout,
+}
+
+/// A failed call in the API server's own words; the client's message repeats the whole answer.
+#[derive(Debug)]
+pub struct CallError(Box<kube::Error>);
+
+impl CallError {
+    /// The API server's refusal, where it is one.
+    pub fn refusal(&self) -> Option<&Status> {
+        match self.0.as_ref() {
+            kube::Error::Api(status) => Some(status),
+            _ => None,
+        }
+    }
+}
+
+impl From<kube::Error> for CallError {
+    fn from(error: kube::Error) -> Self {
+        CallError(Box::new(error))
+    }
+}
+
+impl std::error::Error for CallError {}
+
+impl fmt::Display for CallError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.refusal() {
+            Some(status) => write!(f, "{} ({} {})", status.message, status.code, status.reason),
+            None => f.write_str(&chain(self.0.as_ref())),
+        }
+    }
+}
+
+/// An error and its causes in one line, without repeating what the outer message already holds.
+pub fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(inner) = cause {
+        let message = inner.to_string();
+        if !text.contains(&message) {
+            text = format!("{text}: {message}");
+        }
+        cause = inner.source();
+    }
+    text
 }
 
 /// A client for `config`. `leadership`: `None` for the election's own client.

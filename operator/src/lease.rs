@@ -23,6 +23,8 @@ use kube::{Api, ResourceExt};
 use tokio::time::Instant;
 use tracing::{info, warn};
 
+use crate::fence::CallError;
+
 /// How long a lease lasts that nobody renews, as written into the Lease.
 const DURATION: Duration = Duration::from_secs(15);
 /// How long the holder may write after it sent its last successful renewal.
@@ -37,7 +39,7 @@ const EPOCH_ORIGIN: i64 = 1_767_225_600;
 #[derive(Debug, thiserror::Error)]
 pub enum LeaseError {
     #[error("lease {name}: {source}")]
-    Api { name: String, source: kube::Error },
+    Api { name: String, source: CallError },
     #[error("lease {name}: the API server did not answer within {} s", CALL_TIMEOUT.as_secs())]
     Timeout { name: String },
     #[error("lease {name} was taken by {holder:?}")]
@@ -316,7 +318,7 @@ impl Elector {
             Ok(Ok(value)) => Ok(value),
             Ok(Err(source)) => Err(LeaseError::Api {
                 name: name(),
-                source,
+                source: source.into(),
             }),
             Err(_) => Err(LeaseError::Timeout { name: name() }),
         }
@@ -342,8 +344,8 @@ fn duration_of(lease: &Lease) -> Duration {
         .map_or(DURATION, Duration::from_secs)
 }
 
-fn is_conflict(error: &kube::Error) -> bool {
-    matches!(error, kube::Error::Api(status) if status.code == 409)
+fn is_conflict(error: &CallError) -> bool {
+    error.refusal().is_some_and(|status| status.code == 409)
 }
 
 #[cfg(test)]

@@ -14,37 +14,53 @@ mod stores;
 #[cfg(test)]
 mod testing;
 
+use std::io::IsTerminal;
+use std::process::ExitCode;
+
 use anyhow::Context as _;
 use clap::Parser;
 
 use args::{Args, Command, LogFormat};
 
-fn main() -> anyhow::Result<()> {
+fn main() -> ExitCode {
     match Args::parse().command {
-        Command::Crds => {
-            print!(
-                "{}",
-                stoker_api::crd_yaml().context("could not write the CRD as YAML")?
-            );
-            Ok(())
-        }
+        Command::Crds => match stoker_api::crd_yaml() {
+            Ok(yaml) => {
+                print!("{yaml}");
+                ExitCode::SUCCESS
+            }
+            Err(error) => {
+                eprintln!("could not write the CRD as YAML: {error}");
+                ExitCode::FAILURE
+            }
+        },
         Command::Run(args) => {
             start_log(args.log_format);
-            // Two providers may be compiled in; rustls wants to be told which one to use.
-            let provider = rustls::crypto::ring::default_provider();
-            if provider.install_default().is_err() {
-                anyhow::bail!("a TLS provider was installed before");
+            match run_operator(*args) {
+                Ok(()) => ExitCode::SUCCESS,
+                Err(error) => {
+                    // The whole chain; the last line of the log is what `kubectl describe` shows.
+                    tracing::error!("{error:#}");
+                    ExitCode::FAILURE
+                }
             }
-            let runtime = tokio::runtime::Builder::new_multi_thread()
-                .enable_all()
-                .build()
-                .context("could not start the async runtime")?;
-            let result = runtime.block_on(run::run(*args));
-            // Whatever still runs has been fenced off.
-            runtime.shutdown_background();
-            result
         }
     }
+}
+fn run_operator(args: args::RunArgs) -> anyhow::Result<()> {
+    // Two providers may be compiled in; rustls wants to be told which one to use.
+    let provider = rustls::crypto::ring::default_provider();
+    if provider.install_default().is_err() {
+        anyhow::bail!("a TLS provider was installed before");
+    }
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .enable_all()
+        .build()
+        .context("could not start the async runtime")?;
+    let result = runtime.block_on(run::run(args));
+    // Whatever still runs has been fenced off.
+    runtime.shutdown_background();
+    result
 }
 
 fn start_log(format: LogFormat) {
@@ -52,6 +68,7 @@ fn start_log(format: LogFormat) {
     let filter = filter.unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("info"));
     let log = tracing_subscriber::fmt()
         .with_env_filter(filter)
+        .with_ansi(std::io::stderr().is_terminal())
         .with_writer(std::io::stderr);
     match format {
         LogFormat::Text => log.init(),

@@ -54,6 +54,7 @@ pub async fn run(args: RunArgs) -> anyhow::Result<()> {
     let started = tokio::select! {
         started = start(&args, client, leadership, &mut tasks, &stop) => started,
         lost = elector.hold(lease.clone()) => bail!("leadership was lost: {lost}"),
+        () = stop.cancelled() => Ok(()),
     };
     started?;
     tokio::select! {

@@ -6,6 +6,8 @@ use kube::{Api, Client, ResourceExt};
 use serde_json::json;
 use stoker_api::names;
 
+use crate::fence::CallError;
+
 /// <https://kubernetes.io/docs/concepts/workloads/controllers/replicaset/#pod-deletion-cost>
 const ANNOTATION: &str = "controller.kubernetes.io/pod-deletion-cost";
 /// Below 0, the cost of every pod without the annotation.
@@ -60,7 +62,7 @@ impl DeletionCost {
         name: &str,
         uid: &str,
         marked: bool,
-    ) -> Result<(), kube::Error> {
+    ) -> Result<(), CallError> {
         let cost = marked.then_some(COST);
         let patch = json!({"metadata": {"uid": uid, "annotations": {ANNOTATION: cost}}});
         let params = PatchParams {

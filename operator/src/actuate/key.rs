@@ -12,6 +12,8 @@ use kube::Api;
 use kube::api::PostParams;
 use stoker_api::names;
 
+use crate::fence::CallError;
+
 const SECRET: &str = names::CONTROL_KEY_SECRET;
 const PRIVATE: &str = names::PRIVATE_KEY;
 const PUBLIC: &str = names::PUBLIC_KEY;
@@ -19,7 +21,7 @@ const PUBLIC: &str = names::PUBLIC_KEY;
 #[derive(Debug, thiserror::Error)]
 pub enum KeyError {
     #[error("secret {SECRET}: {0}")]
-    Api(#[from] kube::Error),
+    Api(CallError),
     #[error(
         "secret {SECRET} has no usable Ed25519 key under {PRIVATE}: {0}; delete the secret and \
              restart the operator to have a new key made"
@@ -39,16 +41,16 @@ impl ControlKey {
     /// Reads the key, or makes it where there is none yet. Two operators that start at once end up
     /// with the same key: the API server lets only one create the Secret.
     pub async fn load_or_create(api: &Api<Secret>) -> Result<Self, KeyError> {
-        if let Some(secret) = api.get_opt(SECRET).await? {
+        if let Some(secret) = api.get_opt(SECRET).await.map_err(api_error)? {
             return Self::from_secret(&secret);
         }
         let fresh = Self::generate()?;
         match api.create(&PostParams::default(), &fresh.secret()?).await {
             Ok(_) => Ok(fresh),
             Err(kube::Error::Api(status)) if status.code == 409 => {
-                Self::from_secret(&api.get(SECRET).await?)
+                Self::from_secret(&api.get(SECRET).await.map_err(api_error)?)
             }
-            Err(error) => Err(error.into()),
+            Err(error) => Err(api_error(error)),
         }
     }
 
@@ -103,6 +105,10 @@ impl ControlKey {
             ..Secret::default()
         })
     }
+}
+
+fn api_error(error: kube::Error) -> KeyError {
+    KeyError::Api(error.into())
 }
 
 fn encode(error: impl std::fmt::Display) -> KeyError {

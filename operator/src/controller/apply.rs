@@ -13,6 +13,7 @@ use kube::core::NamespaceResourceScope;
 use kube::{Api, Resource, ResourceExt};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
+use serde_json::{Value, json};
 use stoker_api::conditions::reasons;
 use stoker_api::names;
 use tracing::warn;
@@ -20,6 +21,7 @@ use tracing::warn;
 use super::read::Observed;
 use super::validate::Problem;
 use super::{Context, lock};
+use crate::fence::CallError;
 use crate::resources::Owned;
 
 #[derive(Debug, thiserror::Error)]
@@ -27,16 +29,14 @@ use crate::resources::Owned;
 pub struct ApplyError {
     kind: String,
     name: String,
-    source: Box<kube::Error>,
+    source: CallError,
 }
 
 impl ApplyError {
     /// What to tell the object's owner: a refusal that trying again doesn't cure. A conflict, an
     /// overloaded or absent API server and a namespace on its way out pass by themselves.
     pub fn problem(&self) -> Option<Problem> {
-        let kube::Error::Api(status) = self.source.as_ref() else {
-            return None;
-        };
+        let status = self.source.refusal()?;
         let passes = !(400..500).contains(&status.code)
             || matches!(status.code, 401 | 408 | 409 | 429)
             || status.message.contains("is being terminated");
@@ -151,12 +151,31 @@ where
     let api: Api<K> = Api::namespaced(context.client.clone(), &namespace);
     // Force: a field that we own is ours. Fields that we don't state stay as others set them.
     let params = PatchParams::apply(names::FIELD_MANAGER).force();
-    let applied = api.patch(&name, &params, &Patch::Apply(wanted)).await;
-    let applied = applied.map_err(|source| ApplyError {
+    let failed = |source: CallError| ApplyError {
         kind: kind.clone(),
         name: name.clone(),
-        source: Box::new(source),
-    })?;
+        source,
+    };
+    let apply = || async {
+        let applied = api.patch(&name, &params, &Patch::Apply(wanted)).await;
+        applied.map_err(CallError::from)
+    };
+    let applied = match apply().await {
+        Err(refused) if live.is_some() && is_invalid(&refused) => match repair(wanted) {
+            Some(patch) => {
+                let params = PatchParams {
+                    field_manager: params.field_manager.clone(),
+                    ..PatchParams::default()
+                };
+                let repaired = api.patch(&name, &params, &Patch::Strategic(patch)).await;
+                repaired.map_err(|error| failed(error.into()))?;
+                apply().await
+            }
+            None => Err(refused),
+        },
+        result => result,
+    };
+    let applied = applied.map_err(failed)?;
     if let Some(version) = applied.resource_version() {
         // An apply that sets nothing right leaves the version as it was.
         let drifted = before.is_some() && seen.is_some() && seen.as_ref() != Some(&version);
@@ -172,6 +191,28 @@ where
         lock(&context.applied).insert(slot, next);
     }
     Ok(applied)
+}
+
+/// Where someone has changed a port's number, an apply would add ours beside theirs under the same
+/// name, which is invalid: numbers are the keys of such lists. Ports are all ours, so the whole list
+/// is put back first.
+fn repair(wanted: &impl Serialize) -> Option<Value> {
+    let wanted = serde_json::to_value(wanted).ok()?;
+    let replaced = |ports: &Value| {
+        let mut list = vec![json!({"$patch": "replace"})];
+        list.extend(ports.as_array().into_iter().flatten().cloned());
+        json!(list)
+    };
+    if let Some(ports) = wanted.pointer("/spec/ports") {
+        return Some(json!({"spec": {"ports": replaced(ports)}}));
+    }
+    let server = wanted.pointer("/spec/template/spec/containers/0")?;
+    let container = json!({"name": server["name"], "ports": replaced(&server["ports"])});
+    Some(json!({"spec": {"template": {"spec": {"containers": [container]}}}}))
+}
+
+fn is_invalid(error: &CallError) -> bool {
+    error.refusal().is_some_and(|status| status.code == 422)
 }
 
 /// 0 for what can't be written as JSON, which no Kubernetes object is.

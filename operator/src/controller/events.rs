@@ -7,7 +7,8 @@ use stoker_api::{InferenceService, InferenceServiceStatus};
 use stoker_autoscaler::Reason;
 use tracing::warn;
 
-use super::{Context, chain};
+use super::Context;
+use crate::fence::CallError;
 
 /// The API server takes no longer note.
 const MAX_NOTE_BYTES: usize = 1024;
@@ -116,7 +117,8 @@ pub async fn publish(context: &Context, service: &InferenceService, told: Vec<To
             secondary: None,
         };
         if let Err(error) = context.recorder.publish(&event, &reference).await {
-            warn!(reason = event.reason, error = %chain(&error), "could not publish an event");
+            let error = CallError::from(error);
+            warn!(reason = event.reason, %error, "could not publish an event");
         }
     }
 }

@@ -28,6 +28,7 @@ use stoker_api::{InferenceService, names};
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, warn};
 
+use crate::fence::chain;
 use crate::resources::{self, Blueprint, Settings};
 use crate::scaling::{Board, Key};
 use crate::stores::{Guarded, Scope, Stores, WatchRetry};
@@ -312,20 +313,6 @@ fn retry(object: Arc<Guarded>, error: &ReconcileError, context: Arc<Context>) ->
     // The span around names the object.
     warn!(error = %chain(error), retry_in = ?delay, "reconcile failed");
     Action::requeue(delay)
-}
-
-/// An error and its causes in one line, without repeating what the outer message already holds.
-pub fn chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(inner) = cause {
-        let message = inner.to_string();
-        if !text.contains(&message) {
-            text = format!("{text}: {message}");
-        }
-        cause = inner.source();
-    }
-    text
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {

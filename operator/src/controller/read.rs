@@ -13,6 +13,7 @@ use serde::de::DeserializeOwned;
 use stoker_api::{InferenceService, ModelSource, names};
 
 use super::Context;
+use crate::fence::CallError;
 use crate::scaling::Key;
 
 #[derive(Debug, thiserror::Error)]
@@ -20,7 +21,7 @@ use crate::scaling::Key;
 pub struct ReadError {
     kind: String,
     name: String,
-    source: Box<kube::Error>,
+    source: CallError,
 }
 
 /// What exists under the names that a service uses, ours or not.
@@ -103,6 +104,6 @@ where
     api.get_opt(name).await.map_err(|source| ReadError {
         kind: K::kind(&()).into_owned(),
         name: name.to_owned(),
-        source: Box::new(source),
+        source: source.into(),
     })
 }

@@ -209,6 +209,38 @@ async fn drift_is_applied_away() {
     assert_eq!(fake.objects[DEPLOYMENT]["spec"]["replicas"], 1);
 }
 
+/// `kubectl edit svc` on the port: an apply alone would make two ports of one name.
+#[tokio::test]
+async fn a_changed_port_is_put_back() {
+    let (context, fake, _woken) = context();
+    let context = Arc::new(context);
+    let object = guarded(service("chat"));
+    let path = "/api/v1/namespaces/ns/services/chat";
+    reconcile(Arc::clone(&object), Arc::clone(&context))
+        .await
+        .unwrap();
+    let before = {
+        let mut fake = fake.lock().unwrap();
+        fake.objects.get_mut(path).unwrap()["metadata"]["resourceVersion"] = json!("edited");
+        fake.refuse = Some((path, 422, "Invalid"));
+        fake.writes.len()
+    };
+    // The fake refuses whatever is written: what matters is what is tried.
+    reconcile(object, context).await.unwrap_err();
+    let fake = fake.lock().unwrap();
+    let tried: Vec<&Value> = fake.writes[before..]
+        .iter()
+        .filter(|(_, written, _)| written == path)
+        .map(|(.., body)| body)
+        .collect();
+    assert_eq!(tried.len(), 2);
+    assert_eq!(
+        tried[1]["spec"]["ports"],
+        json!([{"$patch": "replace"},
+            {"name": "http", "port": 80, "protocol": "TCP", "targetPort": "http"}])
+    );
+}
+
 /// Another operator with another key, say: both would write as fast as they can.
 #[tokio::test]
 async fn a_fight_over_a_field_is_not_fought_at_full_speed() {

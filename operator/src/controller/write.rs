@@ -15,6 +15,7 @@ use tracing::warn;
 
 use super::status::{Facts, assess};
 use super::{Context, events, lock};
+use crate::fence::CallError;
 use crate::stores::Guarded;
 
 /// Measured figures are written this often.
@@ -24,7 +25,7 @@ const SOON: Duration = Duration::from_secs(5);
 
 #[derive(Debug, thiserror::Error)]
 #[error("could not write the status: {0}")]
-pub struct StatusError(Box<kube::Error>);
+pub struct StatusError(CallError);
 
 /// By uid: the status that was written last. The watch may not have echoed it yet.
 pub type Statuses = Mutex<HashMap<String, Written>>;
@@ -121,7 +122,7 @@ pub async fn unreadable(
     let params = PatchParams::apply(names::FIELD_MANAGER).force();
     api.patch_status(&name, &params, &Patch::Apply(body))
         .await
-        .map_err(|error| StatusError(Box::new(error)))?;
+        .map_err(|error| StatusError(error.into()))?;
     Ok(())
 }
 
@@ -157,7 +158,7 @@ async fn write(
     let params = PatchParams::apply(names::FIELD_MANAGER).force();
     api.patch_status(&name, &params, &Patch::Apply(body))
         .await
-        .map_err(|error| StatusError(Box::new(error)))?;
+        .map_err(|error| StatusError(error.into()))?;
     metrics::counter!("stoker_operator_status_writes_total").increment(1);
     let written = Written {
         status: status.clone(),

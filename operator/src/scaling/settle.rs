@@ -42,7 +42,7 @@ impl<T: Copy + PartialEq> Debounced<T> {
     }
 }
 
-/// The reason to show: a change of replicas at once, lost samples only when they stay lost, others
+/// The reason to show: a change of replicas and the end of a silence at once, lost samples only when they stay lost, others
 /// when the shown one has had its time. The message is always the latest of its code.
 #[derive(Clone, Debug, Default)]
 pub struct ShownReason {
@@ -61,7 +61,8 @@ impl ShownReason {
             self.shown = Some((new.clone(), now));
             return new;
         };
-        let at_once = matches!(new.code, ReasonCode::ScaleUp | ReasonCode::ScaleDown);
+        let at_once = matches!(new.code, ReasonCode::ScaleUp | ReasonCode::ScaleDown)
+            || shown.code == ReasonCode::NoData;
         let due = match lost {
             true => now.duration_since(lost_since) >= PERSIST,
             false => at_once || now.duration_since(*since) >= DWELL,
@@ -117,5 +118,6 @@ mod tests {
         );
         assert_eq!(shown.update(reason(NoData, "f"), at(30)).code, DialsMoved);
         assert_eq!(shown.update(reason(NoData, "f"), at(40)).code, NoData);
+        assert_eq!(shown.update(reason(Steady, "g"), at(42)).code, Steady);
     }
 }
