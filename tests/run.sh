@@ -44,7 +44,8 @@ if [ "${CLUSTER:-local}" = local ]; then
 fi
 step "images" images "read the log" make images
 step "the chart" helm "kubectl get pods,events -n stoker-system" \
-  helm upgrade --install stoker charts/stoker --namespace stoker-system --create-namespace --wait --timeout 3m
+  helm upgrade --install stoker charts/stoker --namespace stoker-system --create-namespace --wait --timeout 3m \
+  --set-string "podAnnotations.build=$(sha256sum target/release/stoker-operator | cut -c1-16)"
 step "end-to-end tests" e2e "cargo test --release -p stoker-e2e TEST" \
   cargo test --release -p stoker-e2e -- --test-threads=1
 if [ "${CI:-}" = true ] && [ "${CLUSTER:-local}" = local ]; then

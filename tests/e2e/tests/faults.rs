@@ -70,7 +70,7 @@ async fn faults_killed_operator_and_server_cost_no_healthy_request() -> Result<(
     tokio::time::sleep(Duration::from_secs(10)).await;
     let progress = load.progress().context("the load reports nothing")?;
     ensure!(
-        progress["failed"] == json!({}),
+        progress["failed"] == 0,
         "requests failed when the operator died: {progress}"
     );
 

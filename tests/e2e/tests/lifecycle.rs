@@ -72,7 +72,7 @@ async fn lifecycle_owns_its_objects_and_corrects_drift() -> Result<()> {
     // Drift on an owned field is corrected; a label of somebody else's stays.
     let deployments: Api<Deployment> = cluster.api();
     let drift = json!({"metadata": {"labels": {"team": "night-shift"}},
-                       "spec": {"template": {"spec": {"terminationGracePeriodSeconds": 1}}}});
+                       "spec": {"template": {"spec": {"terminationGracePeriodSeconds": 99}}}});
     deployments
         .patch("llama", &PatchParams::default(), &Patch::Merge(drift))
         .await?;
@@ -83,7 +83,7 @@ async fn lifecycle_owns_its_objects_and_corrects_drift() -> Result<()> {
             .as_ref()
             .and_then(|spec| spec.template.spec.as_ref());
         let grace = pod.and_then(|pod| pod.termination_grace_period_seconds);
-        Ok((grace != Some(1)).then_some(()))
+        Ok((grace != Some(99)).then_some(()))
     })
     .await?;
     ensure!(
