@@ -110,7 +110,7 @@ mod tests {
 
     #[test]
     fn parts_add_up_to_the_whole() {
-        let trace = Shape::OnOff.generate(3.0, &Mix::fixed(800, 100), 1);
+        let trace = Shape::Steady.generate(3.0, &Mix::fixed(800, 100), 1);
         let setup = Setup::study()
             .with_backend(Backend::Surrogate)
             .with_replicas(3);

@@ -39,7 +39,7 @@ struct Args {
     warm_seconds: f64,
     #[arg(long, default_value_t = 240.0)]
     cold_seconds: f64,
-    /// engine, or surrogate: ten times faster.
+    /// engine, or surrogate: some fifteen times faster.
     #[arg(long, default_value = "engine")]
     backend: String,
     /// Runs of the oracle's search; 0 leaves it out.

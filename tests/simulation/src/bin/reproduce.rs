@@ -20,6 +20,9 @@ struct Args {
     /// Only these columns.
     #[arg(long, value_delimiter = ',')]
     only: Vec<String>,
+    /// Print every setting's figures, not only the best one's.
+    #[arg(long)]
+    all: bool,
     #[arg(long, default_value_t = 400)]
     oracle_runs: u32,
     /// engine, or lockstep: the scheduler that the study had (faster, too).
@@ -75,6 +78,20 @@ fn main() -> Result<()> {
         );
         let settings = tuning::grid(&Peer::ALL, &[8, 32, 128], &[2048]);
         let scores = tuning::scores(&settings, &setup, &trace, Backend::Lockstep, args.threads);
+        if args.all {
+            for (setting, score) in &scores {
+                println!(
+                    "{} {}, {}: {:.2} % good, {:.2} x, {} changes, {} reversals",
+                    setting.peer.name(),
+                    setting.max_num_seqs,
+                    setting.parameter,
+                    score.good,
+                    score.replica_hours / hours,
+                    score.changes,
+                    score.reversals
+                );
+            }
+        }
         println!("| policy | setting | here | study | |");
         println!("| --- | --- | --- | --- | --- |");
         for (peer, figures) in &STUDY {

@@ -21,8 +21,6 @@ pub(super) struct Pod {
     tally: Tally,
     nonsense: bool,
     pub outstanding: u32,
-    integral: f64,
-    changed: f64,
     /// Gauges of the last seconds, where they may be told late.
     past: Vec<Gauge>,
 }
@@ -30,12 +28,6 @@ pub(super) struct Pod {
 impl Pod {
     pub fn ready(&self) -> bool {
         self.phase == Phase::Ready
-    }
-
-    fn change_outstanding(&mut self, now: f64, by: i64) {
-        self.integral += f64::from(self.outstanding) * (now - self.changed);
-        self.changed = now;
-        self.outstanding = (i64::from(self.outstanding) + by).max(0) as u32;
     }
 
     /// When something happens in it.
@@ -54,7 +46,7 @@ impl Pod {
         };
         let sent = core.add(request, ledger, now);
         if sent {
-            self.change_outstanding(now, 1);
+            self.outstanding += 1;
             if let Some(flight) = ledger.get(request) {
                 self.tally.received(flight);
             }
@@ -62,23 +54,21 @@ impl Pod {
         sent
     }
 
-    pub fn time_out(&mut self, request: u32, now: f64) {
+    pub fn time_out(&mut self, request: u32) {
         if let Some(core) = &mut self.core {
             core.abort(request);
             self.tally.timed_out();
-            self.change_outstanding(now, -1);
+            self.outstanding = self.outstanding.saturating_sub(1);
         }
     }
 
     /// Ends the step in flight. Returns how many requests ended.
-    pub fn advance(&mut self, ledger: &mut Ledger, now: f64) -> u32 {
+    pub fn advance(&mut self, ledger: &mut Ledger) -> u32 {
         let Some(core) = &mut self.core else {
             return 0;
         };
         let ended = core.advance(ledger, &mut self.tally);
-        if ended > 0 {
-            self.change_outstanding(now, -i64::from(ended));
-        }
+        self.outstanding = self.outstanding.saturating_sub(ended);
         ended
     }
 
@@ -96,7 +86,6 @@ impl Pod {
     }
 
     fn gauge(&mut self, now: f64) -> Option<Gauge> {
-        self.change_outstanding(now, 0);
         let core = self.core.as_ref()?;
         let gauges = core.gauges();
         self.tally.preemptions = core.preemptions();
@@ -108,7 +97,6 @@ impl Pod {
             kv_tokens: gauges.kv_tokens,
             kv_capacity: profile.kv_capacity_tokens(),
             waiting_prompt_tokens: gauges.waiting_prompt_tokens,
-            outstanding_integral: self.integral,
             dials: self.dials,
             ceilings: Dials {
                 max_num_seqs: profile.max_num_seqs,
@@ -156,11 +144,10 @@ impl Pod {
     }
 
     /// Starts serving.
-    pub fn start(&mut self, setup: &Setup, now: f64) {
+    pub fn start(&mut self, setup: &Setup) {
         let seed = Random::of(setup.seed, "noise").bits() ^ (u64::from(self.id) << 20);
         self.core = Some(Core::new(setup.backend, &self.device, self.dials, seed));
         self.phase = Phase::Ready;
-        self.changed = now;
     }
 }
 
@@ -188,7 +175,7 @@ impl Pods {
         pods.warm = setup.starts.warm_nodes;
         for pod in &mut pods.list {
             pod.ready_at = 0.0;
-            pod.start(setup, 0.0);
+            pod.start(setup);
         }
         pods
     }
@@ -208,8 +195,6 @@ impl Pods {
             tally: Tally::default(),
             nonsense: setup.faults.nonsense(nth),
             outstanding: 0,
-            integral: 0.0,
-            changed: now,
             past: Vec::new(),
         };
         schedule(&mut pod, &mut self.warm, setup, now);

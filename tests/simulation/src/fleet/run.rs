@@ -201,14 +201,14 @@ impl<'a> Fleet<'a> {
             return;
         };
         if pod.phase == Phase::Starting {
-            pod.start(self.setup, self.now);
+            pod.start(self.setup);
             self.refresh_one(place);
             for request in std::mem::take(&mut self.held) {
                 self.route(request);
             }
             return;
         }
-        self.open -= pod.advance(&mut self.ledger, self.now);
+        self.open -= pod.advance(&mut self.ledger);
         if pod.phase == Phase::Draining && pod.outstanding == 0 {
             self.pods.bury(self.setup, self.now);
             self.pods.schedule(self.setup, self.now);
@@ -329,7 +329,7 @@ impl<'a> Fleet<'a> {
         match state {
             State::Sent(id) => {
                 if let Some(pod) = self.pods.get_mut(id) {
-                    pod.time_out(request, self.now);
+                    pod.time_out(request);
                 }
                 self.pods.bury(self.setup, self.now);
                 self.refresh();

@@ -176,7 +176,7 @@ fn ours_bears_faults() {
             during: all.clone(),
         }],
         vec![Fault::ScrapesLate {
-            seconds: 8.0,
+            seconds: 30.0,
             during: all.clone(),
         }],
         vec![Fault::Slow {

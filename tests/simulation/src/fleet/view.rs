@@ -14,8 +14,6 @@ pub struct Gauge {
     pub kv_tokens: u64,
     pub kv_capacity: u64,
     pub waiting_prompt_tokens: u64,
-    /// Requests in the replica, integrated over time: request-seconds since it was ready.
-    pub outstanding_integral: f64,
     pub dials: Dials,
     pub ceilings: Dials,
     pub law: Law,

@@ -27,7 +27,6 @@ fn view(now: f64, replicas: u32, running: u32, waiting: u32, kv_tokens: u64) -> 
             kv_tokens,
             kv_capacity: 60_000,
             waiting_prompt_tokens: 0,
-            outstanding_integral: 0.0,
             dials: DIALS,
             ceilings: DIALS,
             law: device.profile.law,

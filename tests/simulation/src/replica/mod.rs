@@ -1,4 +1,4 @@
-//! A replica's engine in virtual time: the real one, or a surrogate that is some ten times faster.
+//! A replica's engine in virtual time: the real one, or a surrogate that is some fifteen times faster.
 
 mod device;
 mod real;
@@ -107,7 +107,7 @@ impl Core {
         }
     }
 
-    /// Requests running, waiting, and tokens in the cache; cheaper than [`Self::gauges`].
+    /// How often a sequence lost its cache, since the start.
     pub fn preemptions(&self) -> u64 {
         match self {
             Core::Real(core) => core.preemptions(),

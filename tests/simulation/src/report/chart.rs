@@ -27,6 +27,7 @@ pub struct Chart {
     pub goal: Option<f64>,
     /// Values above are cut off.
     pub most: Option<f64>,
+    /// Where the axis begins; NaN for a round number below all values.
     pub least: f64,
     /// Seconds.
     pub duration: f64,
@@ -38,21 +39,29 @@ impl Chart {
             .curves
             .iter()
             .flat_map(|c| c.points.iter().map(|p| p.1));
+        let least = if self.least.is_nan() {
+            let lowest = (values.clone().chain(self.goal))
+                .filter(|v| v.is_finite())
+                .fold(f64::INFINITY, f64::min);
+            (lowest / 10.0).floor() * 10.0
+        } else {
+            self.least
+        };
         let top = (values.chain(self.goal))
             .filter(|v| v.is_finite())
-            .fold(self.least, f64::max);
+            .fold(least, f64::max);
         let top = self.most.map_or(top, |most| top.min(most));
-        let step = nice((top - self.least) / 4.0);
-        let top = self.least + ((top - self.least) / step).ceil().max(1.0) * step;
-        let scale = (TOP - HEIGHT + BOTTOM) / (top - self.least);
-        let y = |v: f64| HEIGHT - BOTTOM + (v.clamp(self.least, top) - self.least) * scale;
+        let step = nice((top - least) / 4.0);
+        let top = least + ((top - least) / step).ceil().max(1.0) * step;
+        let scale = (TOP - HEIGHT + BOTTOM) / (top - least);
+        let y = |v: f64| HEIGHT - BOTTOM + (v.clamp(least, top) - least) * scale;
         let x = |t: f64| LEFT + (WIDTH - LEFT - RIGHT) * (t / self.duration.max(1.0)).min(1.0);
 
         let mut svg = format!(
             "<svg viewBox=\"0 0 {WIDTH} {HEIGHT}\" role=\"img\" aria-label=\"{}\">",
             escape(&self.title)
         );
-        let mut grid = self.least;
+        let mut grid = least;
         while grid <= top + step / 2.0 {
             let (left, right, at) = (LEFT, WIDTH - RIGHT, y(grid));
             let _ = write!(

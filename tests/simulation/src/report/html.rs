@@ -19,6 +19,7 @@ p{color:var(--soft);max-width:75ch;margin:.3rem 0}
 .scroll{overflow-x:auto}table{border-collapse:collapse;font-variant-numeric:tabular-nums;font-size:14px;width:100%}
 th,td{padding:.3rem .55rem;text-align:right;border-bottom:1px solid var(--line);white-space:nowrap}
 th{color:var(--soft);font-weight:600}th:nth-child(-n+2),td:nth-child(-n+2){text-align:left}
+td.why{white-space:normal;text-align:left;min-width:24rem}
 tr.ours{background:var(--mark);font-weight:600}td.no{color:var(--c1)}
 .charts{display:grid;grid-template-columns:repeat(auto-fit,minmax(480px,1fr));gap:.6rem 1.4rem}
 @media(max-width:560px){.charts{grid-template-columns:1fr}}
@@ -39,6 +40,7 @@ struct Picture {
     of: fn(&Outcome) -> Line,
     goal: fn(&Outcome) -> Option<f64>,
     most: Option<f64>,
+    /// NaN for a round number below all values.
     least: f64,
     steps: bool,
 }
@@ -57,7 +59,7 @@ const PICTURES: [Picture; 7] = [
         of: series::good,
         goal: |o| Some(o.ledger.goals.good_percent),
         most: None,
-        least: 0.0,
+        least: f64::NAN,
         steps: false,
     },
     Picture {
@@ -218,7 +220,7 @@ fn changes(html: &mut String, row: &Row) {
         };
         let _ = write!(
             lines,
-            "<tr><td>{:.1} min</td><td>{}</td><td>{} -&gt; {}</td><td>{} / {}</td></tr>",
+            "<tr><td>{:.1} min</td><td class=\"why\">{}</td><td>{} -&gt; {}</td><td>{} / {}</td></tr>",
             after.t / 60.0,
             escape(reason),
             before.desired,

@@ -57,7 +57,7 @@ pub enum Shape {
     Diurnal,
     /// Slow rises that end at once; five of them.
     Sawtooth,
-    /// Ten minutes of load, ten minutes of nothing; three times.
+    /// Six minutes of load, ten minutes of nothing; four times.
     OnOff,
     /// A constant rate; half-way, prompts become three times as long and answers half as long.
     MixShift,
@@ -96,6 +96,7 @@ impl Shape {
     pub fn duration(self) -> f64 {
         match self {
             Shape::Diurnal | Shape::Sawtooth => 4500.0,
+            Shape::OnOff => 3840.0,
             _ => 3600.0,
         }
     }
@@ -110,9 +111,9 @@ impl Shape {
             Shape::Spike if (1800.0..1860.0).contains(&t) => 1.0,
             Shape::Spike => 1.0 / 6.0,
             Shape::Ramp => 0.2 + 0.8 * t / duration,
-            Shape::Diurnal => 0.63 - 0.37 * (std::f64::consts::TAU * t / duration).cos(),
-            Shape::Sawtooth => 0.3 + 0.7 * (t % 900.0) / 900.0,
-            Shape::OnOff if (t % 1200.0) < 600.0 => 1.0,
+            Shape::Diurnal => 0.57 - 0.43 * (std::f64::consts::TAU * t / duration).cos(),
+            Shape::Sawtooth => 0.2 + 0.8 * (t % 900.0) / 900.0,
+            Shape::OnOff if (t % 960.0) < 360.0 => 1.0,
             Shape::OnOff => 0.0,
         }
     }
@@ -154,6 +155,8 @@ impl Shape {
         match self {
             Shape::Spike => 10.0,
             Shape::OnOff => 5.0,
+            Shape::Diurnal => 7.6,
+            Shape::Sawtooth => 7.8,
             _ => 6.8,
         }
     }
