@@ -85,6 +85,7 @@ impl Target {
     /// A client with one keep-alive connection, like a real one.
     pub fn client(&self) -> reqwest::Result<Client> {
         Client::builder()
+            .no_proxy()
             .pool_max_idle_per_host(1)
             .tcp_nodelay(true)
             .build()
@@ -242,3 +243,7 @@ fn broken(error: &reqwest::Error) -> Failure {
     };
     failure(kind, detail)
 }
+
+#[cfg(test)]
+#[path = "client_tests.rs"]
+mod tests;
