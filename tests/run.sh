@@ -42,7 +42,7 @@ if [ "${CLUSTER:-local}" = local ]; then
   KUBECONFIG=$(local-cluster kubeconfig)
   export KUBECONFIG
 fi
-step "images" images "read the log" make images
+step "images" images "read the log" tests/cluster/images.sh
 step "the chart" helm "kubectl get pods,events -n stoker-system" \
   helm upgrade --install stoker charts/stoker --namespace stoker-system --create-namespace --wait --timeout 3m \
   --set-string "podAnnotations.build=$(sha256sum target/release/stoker-operator | cut -c1-16)"
