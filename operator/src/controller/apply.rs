@@ -6,7 +6,7 @@ use std::hash::{DefaultHasher, Hash, Hasher};
 use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
-use futures::try_join;
+use futures::join;
 use k8s_openapi::api::apps::v1::Deployment;
 use kube::api::{Patch, PatchParams};
 use kube::core::NamespaceResourceScope;
@@ -50,12 +50,6 @@ impl ApplyError {
     }
 }
 
-/// What the status is built from.
-#[derive(Debug)]
-pub struct Applied {
-    pub deployment: Deployment,
-}
-
 /// By uid of the service and kind: what was applied last.
 pub type AppliedBefore = Mutex<HashMap<(String, String), Before>>;
 
@@ -94,37 +88,47 @@ impl Before {
     }
 }
 
-/// The Deployment comes last: its pods need the others.
+/// Applies all, the Deployment last: its pods need the others. One that fails doesn't keep the rest
+/// from being applied: a Service that is refused must not keep a fleet from growing.
 pub async fn apply(
     context: &Context,
     uid: &str,
     owned: &Owned,
     observed: &Observed,
-) -> Result<Applied, ApplyError> {
-    try_join!(
+) -> (Option<Deployment>, Result<(), ApplyError>) {
+    let Observed {
+        service_account,
+        config_map,
+        service,
+        disruption_budget,
+        deployment,
+        ..
+    } = observed;
+    let (a, b, c, d) = join!(
         one(
             context,
             uid,
             &owned.service_account,
-            observed.service_account.as_ref()
+            service_account.as_ref()
         ),
-        one(
-            context,
-            uid,
-            &owned.config_map,
-            observed.config_map.as_ref()
-        ),
-        one(context, uid, &owned.service, observed.service.as_ref()),
+        one(context, uid, &owned.config_map, config_map.as_ref()),
+        one(context, uid, &owned.service, service.as_ref()),
         one(
             context,
             uid,
             &owned.disruption_budget,
-            observed.disruption_budget.as_ref()
+            disruption_budget.as_ref()
         ),
-    )?;
-    let live = observed.deployment.as_ref();
-    let deployment = one(context, uid, &owned.deployment, live).await?;
-    Ok(Applied { deployment })
+    );
+    let others = a
+        .map(drop)
+        .and(b.map(drop))
+        .and(c.map(drop))
+        .and(d.map(drop));
+    match one(context, uid, &owned.deployment, deployment.as_ref()).await {
+        Ok(deployment) => (Some(deployment), others),
+        Err(error) => (None, others.and(Err(error))),
+    }
 }
 
 async fn one<K>(context: &Context, uid: &str, wanted: &K, live: Option<&K>) -> Result<K, ApplyError>

@@ -32,7 +32,7 @@ use crate::fence::chain;
 use crate::resources::{self, Blueprint, Settings};
 use crate::scaling::{Board, Key};
 use crate::stores::{Guarded, Scope, Stores, WatchRetry};
-use apply::{Applied, AppliedBefore, ApplyError};
+use apply::{AppliedBefore, ApplyError};
 use read::ReadError;
 use status::Facts;
 use validate::Refusal;
@@ -266,22 +266,20 @@ async fn reconcile_service(
 
     // 5. Apply.
     let key = Key { namespace, name };
-    let applied = match apply::apply(context, &uid, &owned, &observed).await {
-        Ok(Applied { deployment }) => {
-            context.board.deployed(&key, &deployment);
-            deployment
+    let (deployment, result) = apply::apply(context, &uid, &owned, &observed).await;
+    let mut facts = Facts::new(service, &observed, context, desired);
+    if let Some(deployment) = &deployment {
+        context.board.deployed(&key, deployment);
+        facts = facts.applied(deployment);
+    }
+    if let Err(error) = result {
+        if let Some(problem) = error.problem() {
+            write::status(context, service, &facts.with(problem)).await?;
         }
-        Err(error) => {
-            if let Some(problem) = error.problem() {
-                let facts = Facts::new(service, &observed, context, desired).with(problem);
-                write::status(context, service, &facts).await?;
-            }
-            return Err(error.into());
-        }
-    };
+        return Err(error.into());
+    }
 
     // 6. Status from what was applied and seen.
-    let facts = Facts::new(service, &observed, context, desired).applied(&applied);
     let settled = write::status(context, service, &facts).await?;
     Ok(Action::requeue(match settled {
         true => RESYNC,

@@ -307,7 +307,7 @@ fn scheduled(facts: &Facts<'_>) -> Finding {
     }
 }
 
-/// `None` before the loop's first tick: then the condition stays as it was.
+/// `None` before the loop knows anything: then the condition stays as it was.
 fn scaling_active(facts: &Facts<'_>) -> Option<Finding> {
     let reason = facts.outlook.reason.as_ref()?;
     if facts.service.spec.scaling.mode == ScalingMode::Manual {
@@ -398,12 +398,18 @@ fn summary(facts: &Facts<'_>, findings: &[Finding]) -> InferenceServiceStatus {
                 max_num_seqs: int(dials.max_num_seqs),
                 max_num_batched_tokens: int(dials.max_num_batched_tokens),
             }),
-            // Not known yet: a restarted operator keeps what was known.
+            // Here and below: not known yet, so a restarted operator keeps what was known.
             None => old.and_then(|status| status.dials),
         },
         loading: loading(facts),
-        load: facts.outlook.load.map(load_status),
-        law: facts.outlook.law.map(law_status),
+        load: match facts.outlook.reason {
+            Some(_) => facts.outlook.load.map(load_status),
+            None => old.and_then(|status| status.load.clone()),
+        },
+        law: match facts.outlook.reason {
+            Some(_) => facts.outlook.law.map(law_status),
+            None => old.and_then(|status| status.law.clone()),
+        },
         reason: headline(facts, findings).or_else(|| old.and_then(|o| o.reason.clone())),
     }
 }

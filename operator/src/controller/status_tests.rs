@@ -262,11 +262,20 @@ fn figures_are_rounded_and_never_flatter() {
     );
 }
 
-/// Before the loop's first tick nothing is known about load: what the conditions said stands.
+/// Before the loop knows anything about load, what the status said stands.
 #[test]
-fn nothing_is_claimed_before_the_first_tick() {
-    let service = service(json!({}));
-    let (findings, _) = assess(&facts(&service, vec![PodState::Answering]));
+fn a_restarted_operator_claims_nothing_at_first() {
+    let mut service = service(json!({}));
+    let load = LoadStatus {
+        running: 40,
+        ..LoadStatus::default()
+    };
+    service.status = Some(InferenceServiceStatus {
+        load: Some(load.clone()),
+        reason: Some("AtMaxReplicas".to_owned()),
+        ..InferenceServiceStatus::default()
+    });
+    let (findings, status) = assess(&facts(&service, vec![PodState::Answering]));
     let types: Vec<&str> = findings.iter().map(|f| f.type_).collect();
     assert_eq!(
         types,
@@ -278,4 +287,6 @@ fn nothing_is_claimed_before_the_first_tick() {
             "Scheduled"
         ]
     );
+    assert_eq!(status.load, Some(load));
+    assert_eq!(status.reason.as_deref(), Some("AtMaxReplicas"));
 }

@@ -51,20 +51,25 @@ pub struct ShownReason {
 }
 
 impl ShownReason {
-    pub fn update(&mut self, new: Reason, now: Instant) -> Reason {
+    /// `None` at first, while nothing is known and that may still pass: an operator that was just
+    /// started has nothing to say yet.
+    pub fn update(&mut self, new: Reason, now: Instant) -> Option<Reason> {
         let lost = new.code == ReasonCode::NoData;
         let lost_since = *self.lost_since.get_or_insert(now);
         if !lost {
             self.lost_since = None;
         }
+        let stays_lost = lost && now.duration_since(lost_since) >= PERSIST;
         let Some((shown, since)) = &mut self.shown else {
-            self.shown = Some((new.clone(), now));
-            return new;
+            if !lost || stays_lost {
+                self.shown = Some((new, now));
+            }
+            return self.shown.as_ref().map(|(reason, _)| reason.clone());
         };
         let at_once = matches!(new.code, ReasonCode::ScaleUp | ReasonCode::ScaleDown)
             || shown.code == ReasonCode::NoData;
         let due = match lost {
-            true => now.duration_since(lost_since) >= PERSIST,
+            true => stays_lost,
             false => at_once || now.duration_since(*since) >= DWELL,
         };
         if new.code == shown.code {
@@ -72,7 +77,7 @@ impl ShownReason {
         } else if due {
             (*shown, *since) = (new, now);
         }
-        shown.clone()
+        Some(shown.clone())
     }
 }
 
@@ -108,16 +113,28 @@ mod tests {
         let start = Instant::now();
         let at = |s: u64| start + Duration::from_secs(s);
         let mut shown = ShownReason::default();
-        assert_eq!(shown.update(reason(Steady, "a"), at(0)).code, Steady);
-        assert_eq!(shown.update(reason(DialsMoved, "b"), at(2)).code, Steady);
-        assert_eq!(shown.update(reason(Steady, "c"), at(4)).message, "c");
-        assert_eq!(shown.update(reason(ScaleUp, "d"), at(5)).code, ScaleUp);
-        assert_eq!(
-            shown.update(reason(DialsMoved, "e"), at(11)).code,
-            DialsMoved
-        );
-        assert_eq!(shown.update(reason(NoData, "f"), at(30)).code, DialsMoved);
-        assert_eq!(shown.update(reason(NoData, "f"), at(40)).code, NoData);
-        assert_eq!(shown.update(reason(Steady, "g"), at(42)).code, Steady);
+        let mut update = |code, message, s| shown.update(reason(code, message), at(s));
+        assert_eq!(update(NoData, "-", 0), None, "just started");
+        assert_eq!(update(Steady, "a", 0).unwrap().code, Steady);
+        assert_eq!(update(DialsMoved, "b", 2).unwrap().code, Steady);
+        assert_eq!(update(Steady, "c", 4).unwrap().message, "c");
+        assert_eq!(update(ScaleUp, "d", 5).unwrap().code, ScaleUp);
+        assert_eq!(update(DialsMoved, "e", 11).unwrap().code, DialsMoved);
+        assert_eq!(update(NoData, "f", 30).unwrap().code, DialsMoved);
+        assert_eq!(update(NoData, "f", 40).unwrap().code, NoData);
+        assert_eq!(update(Steady, "g", 42).unwrap().code, Steady);
+    }
+
+    #[test]
+    fn a_service_that_never_gave_data_says_so_in_time() {
+        let start = Instant::now();
+        let mut shown = ShownReason::default();
+        let mut update = |s| {
+            let now = start + Duration::from_secs(s);
+            shown.update(reason(ReasonCode::NoData, "no replica is ready"), now)
+        };
+        assert_eq!(update(0), None);
+        assert_eq!(update(8), None);
+        assert_eq!(update(10).unwrap().code, ReasonCode::NoData);
     }
 }

@@ -270,7 +270,7 @@ impl Worker {
             dials: Some(ceiling.fold(decision.dials, within)),
             load: decision.load,
             law: law.map(|sample| (sample.law, sample.law_confidence)),
-            reason: Some(self.reason.update(decision.reason.clone(), now)),
+            reason: self.reason.update(decision.reason.clone(), now),
             objectives_met: self.objectives_met.update(met, now),
             pods: seen.iter().map(|pod| self.pod_outlook(pod, now)).collect(),
         }
