@@ -6,7 +6,8 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 
 batches=1,2,4,8
-rounds=20 # of direct, and requests of each user over HTTP
+rounds=6
+requests=20x # of each run, by its users
 same=(--prompt-tokens 32 --max-tokens 100)
 budget=512
 
@@ -22,7 +23,7 @@ cleanup() {
 }
 trap cleanup EXIT
 
-echo "== the engine by itself ($rounds rounds each of batch $batches, about 4 minutes)"
+echo "== the engine by itself ($rounds rounds each of batch $batches, a good minute)"
 "$programs/stoker-bench" direct --device simulated --simulated-profile t4 --batch "$batches" \
   --rounds "$rounds" "${same[@]}" --max-num-batched-tokens "$budget" --json "$work/direct.json"
 
@@ -46,8 +47,8 @@ if [ -z "$url" ]; then
   exit 1
 fi
 
-echo "== over HTTP ($rounds requests of each user, about 4 minutes)"
-"$programs/stoker-bench" load --url "$url" --concurrency "$batches" --requests "${rounds}x" \
+echo "== over HTTP ($requests requests, about 4 minutes)"
+"$programs/stoker-bench" load --url "$url" --concurrency "$batches" --requests "$requests" \
   "${same[@]}" --json "$work/load.json"
 
 "$programs/stoker-bench" compare --direct "$work/direct.json" --load "$work/load.json" \

@@ -39,12 +39,12 @@ async fn send(answer: &'static str, stream: bool) -> (Result<Answer, Failure>, V
         max_tokens: 2,
     };
     let client = target.client().unwrap();
-    let sent = target.send(&client, &prompt, &texts);
-    let mut sent = std::pin::pin!(sent);
+    let mut sent = Box::pin(target.send(&client, &prompt, &texts));
     let result = tokio::select! {
         result = &mut sent => result,
-        () = server => sent.await,
+        () = server => sent.as_mut().await,
     };
+    drop(sent);
     (result, texts.0.into_inner().unwrap())
 }
 
