@@ -59,6 +59,16 @@ enum Command {
         streams: usize,
         pid: u32,
     },
+    /// The latency of key "calm" without and with key "flood" sending `flood` requests/s.
+    Fairness {
+        address: String,
+        #[arg(long, default_value_t = 4.0)]
+        calm: f64,
+        #[arg(long, default_value_t = 50.0)]
+        flood: f64,
+        #[arg(long, default_value_t = 20)]
+        seconds: u64,
+    },
 }
 
 #[tokio::main]
@@ -81,6 +91,19 @@ async fn main() -> anyhow::Result<()> {
             streams,
             pid,
         } => idle(&address, streams, pid).await?,
+        Command::Fairness {
+            address,
+            calm,
+            flood,
+            seconds,
+        } => {
+            let (alone, _) = paced(address.clone(), "calm", calm, seconds).await?;
+            let flood = tokio::spawn(paced(address.clone(), "flood", flood, seconds));
+            let (beside, _) = paced(address, "calm", calm, seconds).await?;
+            let (_, refused) = flood.await??;
+            json!({"p95_alone_ms": alone, "p95_beside_flood_ms": beside,
+                   "ratio": beside / alone, "flood_refused": refused})
+        }
     };
     println!("{result}");
     Ok(())
@@ -103,13 +126,16 @@ impl Body for Events {
         mut self: Pin<&mut Self>,
         context: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, Infallible>>> {
+        if self.left == 0 && self.idle {
+            return Poll::Pending;
+        }
         if !std::mem::replace(&mut self.paused, true) {
             context.waker().wake_by_ref();
             return Poll::Pending;
         }
         self.paused = false;
         if self.left == 0 {
-            return if self.idle { Poll::Pending } else { Poll::Ready(None) };
+            return Poll::Ready(None);
         }
         self.left -= 1;
         let event = if self.left == 0 && !self.idle {
@@ -257,16 +283,15 @@ async fn streams(
             while Instant::now() < end {
                 let sent = sender.send_request(request(&body)?).await;
                 let mut answer = sent?.into_body();
-                let mut seen = 0;
-                let mut last = Bytes::new();
+                // Frames may end anywhere, within an event too.
+                let mut seen = stoker_router::sse::Events::default();
                 while let Some(frame) = answer.frame().await {
                     if let Ok(data) = frame?.into_data() {
-                        seen += memchr::memmem::find_iter(&data, b"\n\n").count();
-                        last = data;
+                        seen.push(data);
                     }
                 }
-                if seen != events || !last.ends_with(b"[DONE]\n\n") {
-                    bail!("{seen} events came instead of {events}");
+                if seen.count != events as u64 || !seen.is_complete() {
+                    bail!("{} events came instead of {events}", seen.count);
                 }
                 done.fetch_add(1, Relaxed);
                 sender.ready().await?;
@@ -304,8 +329,53 @@ async fn idle(address: &str, streams: usize, pid: u32) -> anyhow::Result<Value> 
     tokio::time::sleep(Duration::from_secs(2)).await;
     let after = memory()?;
     for (_, answer) in &mut open {
-        let silent = tokio::time::timeout(Duration::ZERO, answer.frame()).await.is_err();
-        ensure!(silent, "a stream ended");
+        // The first event may have come in two pieces.
+        while let Ok(more) = tokio::time::timeout(Duration::ZERO, answer.frame()).await {
+            let data = more.context("a stream ended")??.into_data();
+            let data = data.unwrap_or_default();
+            let text = String::from_utf8_lossy(&data);
+            ensure!(data.len() < 200, "more than one event came: {text}");
+        }
     }
     Ok(json!({"streams": open.len(), "before_mb": before, "mb": after}))
+}
+
+/// Requests at a steady rate with one key; (p95 in ms of those answered, number refused).
+async fn paced(
+    address: String,
+    key: &'static str,
+    rate: f64,
+    seconds: u64,
+) -> anyhow::Result<(f64, u64)> {
+    let body = json!({"model": "bench", "max_tokens": 20, "ignore_eos": true,
+                      "prompt": "x ".repeat(100)});
+    let mut tasks = Vec::new();
+    let start = tokio::time::Instant::now();
+    for number in 0..(rate * seconds as f64) as u64 {
+        tokio::time::sleep_until(start + Duration::from_secs_f64(number as f64 / rate)).await;
+        let mut request = request(&body)?;
+        let bearer = hyper::header::HeaderValue::try_from(format!("Bearer {key}"))?;
+        request
+            .headers_mut()
+            .insert(hyper::header::AUTHORIZATION, bearer);
+        let address = address.clone();
+        tasks.push(tokio::spawn(async move {
+            let began = Instant::now();
+            let mut sender = connect(&address).await?;
+            let response = sender.send_request(request).await?;
+            let status = response.status();
+            response.into_body().collect().await?;
+            ensure!(status == 200 || status == 429, "status {status}");
+            anyhow::Ok((status == 200).then(|| began.elapsed().as_secs_f64() * 1000.0))
+        }));
+    }
+    let (mut times, mut refused) = (Vec::new(), 0);
+    for task in tasks {
+        match task.await?? {
+            Some(time) => times.push(time),
+            None => refused += 1,
+        }
+    }
+    times.sort_by(f64::total_cmp);
+    Ok((percentile(&times, 95.0), refused))
 }

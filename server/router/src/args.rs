@@ -13,7 +13,12 @@ use crate::config::{Config, Timeouts};
 #[command(name = "stoker-router", version, about, max_term_width = 100)]
 pub struct Args {
     /// Address to listen on
-    #[arg(long, env = "STOKER_HOST", default_value = "0.0.0.0", value_name = "IP")]
+    #[arg(
+        long,
+        env = "STOKER_HOST",
+        default_value = "0.0.0.0",
+        value_name = "IP"
+    )]
     pub host: IpAddr,
 
     /// Port of the API; 0 takes a free one and logs it
@@ -25,11 +30,21 @@ pub struct Args {
     pub tls_port: u16,
 
     /// PEM file with the certificate chain; read again when it changes
-    #[arg(long, env = "STOKER_TLS_CERT", value_name = "PATH", requires = "tls_key")]
+    #[arg(
+        long,
+        env = "STOKER_TLS_CERT",
+        value_name = "PATH",
+        requires = "tls_key"
+    )]
     pub tls_cert: Option<PathBuf>,
 
     /// PEM file with the certificate's private key; read again when it changes
-    #[arg(long, env = "STOKER_TLS_KEY", value_name = "PATH", requires = "tls_cert")]
+    #[arg(
+        long,
+        env = "STOKER_TLS_KEY",
+        value_name = "PATH",
+        requires = "tls_cert"
+    )]
     pub tls_key: Option<PathBuf>,
 
     /// Port of the control API; 0 takes a free one and logs it
@@ -38,7 +53,12 @@ pub struct Args {
 
     /// PEM file with the Ed25519 public key that control tokens are signed for; read again when
     /// it changes. Without it the control port listens on loopback only and asks for no token
-    #[arg(long, env = "STOKER_CONTROL_KEY", value_name = "PATH", requires = "pod_uid")]
+    #[arg(
+        long,
+        env = "STOKER_CONTROL_KEY",
+        value_name = "PATH",
+        requires = "pod_uid"
+    )]
     pub control_key: Option<PathBuf>,
 
     /// UID of this pod: the subject that control tokens must have
@@ -59,7 +79,12 @@ pub struct Args {
     pub access_log: bool,
 
     /// How long requests may go on after SIGTERM
-    #[arg(long, env = "STOKER_DRAIN_TIMEOUT_SECONDS", default_value_t = 600, value_name = "SECONDS")]
+    #[arg(
+        long,
+        env = "STOKER_DRAIN_TIMEOUT_SECONDS",
+        default_value_t = 600,
+        value_name = "SECONDS"
+    )]
     pub drain_timeout_seconds: u64,
 
     /// Bytes of request bodies held at once, waiting ones and running ones
@@ -67,7 +92,12 @@ pub struct Args {
     pub max_held_bytes: usize,
 
     /// Client connections open at once
-    #[arg(long, env = "STOKER_MAX_CONNECTIONS", default_value_t = 20_000, value_name = "N")]
+    #[arg(
+        long,
+        env = "STOKER_MAX_CONNECTIONS",
+        default_value_t = 20_000,
+        value_name = "N"
+    )]
     pub max_connections: usize,
 
     /// To open a connection to a replica
@@ -114,7 +144,9 @@ pub struct Args {
 fn seconds(text: &str) -> Result<f64, String> {
     match text.parse::<f64>() {
         Ok(seconds) if (0.01..=86_400.0).contains(&seconds) => Ok(seconds),
-        _ => Err(format!("{text:?} is not a number of seconds from 0.01 to 86400")),
+        _ => Err(format!(
+            "{text:?} is not a number of seconds from 0.01 to 86400"
+        )),
     }
 }
 

@@ -86,9 +86,7 @@ impl Learn {
                 .learn_prompt(self.prompt_bytes, tokens);
         }
         if let Some(tokens) = completion {
-            self.service
-                .estimates
-                .learn_output(self.max_tokens, tokens);
+            self.service.estimates.learn_output(self.max_tokens, tokens);
         }
     }
 }
@@ -113,10 +111,7 @@ pub struct StreamBody {
 }
 
 impl StreamBody {
-    pub fn poll(
-        &mut self,
-        context: &mut Context<'_>,
-    ) -> Poll<Option<io::Result<Frame<Bytes>>>> {
+    pub fn poll(&mut self, context: &mut Context<'_>) -> Poll<Option<io::Result<Frame<Bytes>>>> {
         if let Some(first) = self.first.take() {
             self.passed(&first);
             return Poll::Ready(Some(Ok(Frame::data(first))));
@@ -125,7 +120,10 @@ impl StreamBody {
             return Poll::Ready(None);
         }
         loop {
-            let polled = Pin::new(&mut self.upstream).poll_frame(context);
+            let polled = match &mut self.connection {
+                Some(connection) => connection.poll_frame(&mut self.upstream, context),
+                None => return Poll::Ready(None),
+            };
             let Poll::Ready(frame) = polled else {
                 return self.poll_idle(context);
             };
@@ -163,10 +161,7 @@ impl StreamBody {
         }
     }
 
-    fn poll_idle(
-        &mut self,
-        context: &mut Context<'_>,
-    ) -> Poll<Option<io::Result<Frame<Bytes>>>> {
+    fn poll_idle(&mut self, context: &mut Context<'_>) -> Poll<Option<io::Result<Frame<Bytes>>>> {
         let idle = self
             .idle
             .get_or_insert_with(|| Box::pin(tokio::time::sleep(self.idle_limit)));

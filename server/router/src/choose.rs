@@ -161,6 +161,9 @@ mod tests {
         for _ in 0..4000 {
             counts[choose(&replicas, Policy::Least, &mut random).unwrap()] += 1;
         }
-        assert!(counts.iter().all(|count| (800..1200).contains(count)), "{counts:?}");
+        assert!(
+            counts.iter().all(|count| (800..1200).contains(count)),
+            "{counts:?}"
+        );
     }
 }

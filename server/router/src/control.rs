@@ -68,9 +68,7 @@ pub async fn serve_metrics(router: Arc<Router>, listener: TcpListener) {
                     answer
                 }
                 "/health" | "/live" => value(StatusCode::OK, &json!({"status": "ok"})),
-                "/ready" if router.is_ready() => {
-                    value(StatusCode::OK, &json!({"status": "ready"}))
-                }
+                "/ready" if router.is_ready() => value(StatusCode::OK, &json!({"status": "ready"})),
                 "/ready" => {
                     let why = if router.is_draining() {
                         "draining"
@@ -131,9 +129,9 @@ impl Control {
                 value(StatusCode::OK, &json!(queues))
             }
             (&Method::GET, "/control/v1/watch") => self.watch(),
-            (method, path) => {
-                error(&ApiError::not_found(format!("Nothing is at {method} {path}.")))
-            }
+            (method, path) => error(&ApiError::not_found(format!(
+                "Nothing is at {method} {path}."
+            ))),
         }
     }
 
@@ -142,18 +140,32 @@ impl Control {
         let body = Limited::new(request.into_body(), MAX_TABLE_BYTES);
         let body = match body.collect().await {
             Ok(body) => body.to_bytes(),
-            Err(why) => return bad(StatusCode::BAD_REQUEST, format!("The table can't be read: {why}.")),
+            Err(why) => {
+                return bad(
+                    StatusCode::BAD_REQUEST,
+                    format!("The table can't be read: {why}."),
+                );
+            }
         };
         let table: Table = match serde_json::from_slice(&body) {
             Ok(table) => table,
-            Err(why) => return bad(StatusCode::UNPROCESSABLE_ENTITY, format!("Not a table: {why}.")),
+            Err(why) => {
+                return bad(
+                    StatusCode::UNPROCESSABLE_ENTITY,
+                    format!("Not a table: {why}."),
+                );
+            }
         };
         match self.router.apply(&table, epoch) {
             Ok(()) => {}
             Err(why @ ApplyError::Old { .. }) => return bad(StatusCode::CONFLICT, why.to_string()),
             Err(why) => return bad(StatusCode::UNPROCESSABLE_ENTITY, why.to_string()),
         }
-        tracing::info!(version = table.version, services = table.services.len(), "table applied");
+        tracing::info!(
+            version = table.version,
+            services = table.services.len(),
+            "table applied"
+        );
         let mut saved_to_disk = false;
         if let Some(folder) = self.state_folder.clone() {
             let saved = Saved { epoch, table };

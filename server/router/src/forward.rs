@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
-use http_body_util::{BodyExt, Full};
+use http_body_util::Full;
 use hyper::body::Incoming;
 use hyper::header::{self, HeaderMap, HeaderName, HeaderValue};
 use hyper::http::response;
@@ -193,11 +193,7 @@ impl Exchange {
 
     /// Sends, and waits for what makes the answer final: the whole of a short one, the first
     /// event of a stream.
-    async fn exchange(
-        &self,
-        lease: &Lease,
-        waited: f64,
-    ) -> Result<(Answer, Connection), Failure> {
+    async fn exchange(&self, lease: &Lease, waited: f64) -> Result<(Answer, Connection), Failure> {
         let pool = &lease.replica.pool;
         let mut connection = pool.get(self.timeouts.connect).await.map_err(failure)?;
         if self.record.line.attempts == 1 {
@@ -220,9 +216,8 @@ impl Exchange {
             parts.status,
             StatusCode::SERVICE_UNAVAILABLE | StatusCode::TOO_MANY_REQUESTS
         ) {
-            let body = http_body_util::Limited::new(body, REFUSAL_BYTES);
-            let body = body.collect().await;
-            let body = body.map_or_else(|_| Bytes::new(), |body| body.to_bytes());
+            let body = connection.collect(body, REFUSAL_BYTES).await;
+            let body = body.unwrap_or_default();
             return Err(Failure::Refused(Response::from_parts(parts, body)));
         }
         let event_stream = parts
@@ -232,7 +227,7 @@ impl Exchange {
         if event_stream && parts.status == StatusCode::OK {
             let mut events = Events::default();
             loop {
-                let frame = body.frame().await;
+                let frame = connection.frame(&mut body).await;
                 let Some(frame) = frame.transpose().map_err(broken)? else {
                     let why = "the stream ended before its first event";
                     return Err(Failure::Broken(why.into()));
@@ -248,7 +243,7 @@ impl Exchange {
         }
         let mut whole = Bytes::new();
         let mut more = BytesMut::new();
-        while let Some(frame) = body.frame().await {
+        while let Some(frame) = connection.frame(&mut body).await {
             let Ok(data) = frame.map_err(broken)?.into_data() else {
                 continue;
             };

@@ -50,10 +50,7 @@ impl HeldBody {
         }
     }
 
-    pub fn poll(
-        &mut self,
-        context: &mut Context<'_>,
-    ) -> Poll<Option<io::Result<Frame<Bytes>>>> {
+    pub fn poll(&mut self, context: &mut Context<'_>) -> Poll<Option<io::Result<Frame<Bytes>>>> {
         match &mut self.state {
             State::Waiting(answer) => {
                 if let Poll::Ready(response) = answer.as_mut().poll(context) {

@@ -279,6 +279,12 @@ mod tests {
         assert!(key.charge(1).is_err());
         let raised = [entry("a", "new", [Some(2), None])];
         let after = Keys::new(&raised, 1, Some(&after));
-        assert!(after.find(&headers("Bearer new")).unwrap().charge(1).is_ok());
+        assert!(
+            after
+                .find(&headers("Bearer new"))
+                .unwrap()
+                .charge(1)
+                .is_ok()
+        );
     }
 }

@@ -61,7 +61,7 @@ pub async fn listen(
                 Some(tls) => {
                     let handshake = tokio::time::timeout(HANDSHAKE, tls.accept(stream));
                     if let Ok(Ok(stream)) = handshake.await {
-                        serve(router, stream, client, stop).await;
+                        Box::pin(serve(router, stream, client, stop)).await;
                     }
                 }
             }
@@ -81,11 +81,9 @@ where
         stalled: None,
     });
     let service = service_fn(move |request| {
-        let router = Arc::clone(&router);
-        async move {
-            let response = proxy::serve(router, client.ip(), request).await;
-            Ok::<_, std::convert::Infallible>(response)
-        }
+        let answer = proxy::serve(Arc::clone(&router), client.ip(), request);
+        // Boxed: else the connection keeps the room for it as long as the answer streams.
+        Box::pin(async move { Ok::<_, std::convert::Infallible>(answer.await) })
     });
     let connection = http1::Builder::new()
         .timer(TokioTimer::new())
@@ -187,4 +185,3 @@ pub async fn bind(address: SocketAddr) -> io::Result<TcpListener> {
     let listener = TcpListener::bind(address).await;
     listener.map_err(|error| io::Error::new(error.kind(), format!("{address}: {error}")))
 }
-

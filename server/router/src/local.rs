@@ -46,11 +46,7 @@ fn ready(service: Option<&Arc<Service>>) -> Response<Body> {
 }
 
 /// Models of the service, or of all services that the caller may use.
-fn models(
-    routes: &Routes,
-    service: Option<&Arc<Service>>,
-    headers: &HeaderMap,
-) -> Response<Body> {
+fn models(routes: &Routes, service: Option<&Arc<Service>>, headers: &HeaderMap) -> Response<Body> {
     let services = match service {
         Some(service) => {
             if let Err(error) = authorise(service, headers) {
@@ -67,9 +63,9 @@ fn models(
         .flat_map(|service| {
             let settings = service.settings();
             let models = settings.entry.models.clone();
-            models.into_iter().map(|model| {
-                json!({"id": model, "object": "model", "created": 0, "owned_by": "stoker"})
-            })
+            models.into_iter().map(
+                |model| json!({"id": model, "object": "model", "created": 0, "owned_by": "stoker"}),
+            )
         })
         .collect();
     json(StatusCode::OK, &json!({"object": "list", "data": data}))

@@ -58,7 +58,10 @@ impl Metrics {
             register(&registry, gauge)
         };
         let counter = |name: &str, help: &str, labels: &[&str]| {
-            register(&registry, IntCounterVec::new(Opts::new(name, help), labels)?)
+            register(
+                &registry,
+                IntCounterVec::new(Opts::new(name, help), labels)?,
+            )
         };
         let histogram = |name: &str, help: &str, buckets: &[f64]| {
             let options = HistogramOpts::new(name, help).buckets(buckets.to_vec());
@@ -128,7 +131,10 @@ impl Metrics {
             )?,
             table_version: register(
                 &registry,
-                IntGauge::new("stoker_router_table_version", "Version of the routing table")?,
+                IntGauge::new(
+                    "stoker_router_table_version",
+                    "Version of the routing table",
+                )?,
             )?,
             access_log_lost: register(
                 &registry,

@@ -4,7 +4,7 @@ use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 use bytes::Bytes;
-use http_body_util::{BodyExt, Full, Limited};
+use http_body_util::Full;
 use hyper::header::{HOST, HeaderValue};
 use hyper::{Request, StatusCode, Uri};
 use rand::Rng;
@@ -86,7 +86,11 @@ async fn is_ready(replica: &Replica, config: &Config) -> bool {
 }
 
 /// None when no answer came in time.
-async fn get(replica: &Replica, config: &Config, path: &'static str) -> Option<(StatusCode, Bytes)> {
+async fn get(
+    replica: &Replica,
+    config: &Config,
+    path: &'static str,
+) -> Option<(StatusCode, Bytes)> {
     let limit = config.timeouts.probe;
     let exchange = async {
         let mut request = Request::new(Full::new(Bytes::new()));
@@ -97,8 +101,8 @@ async fn get(replica: &Replica, config: &Config, path: &'static str) -> Option<(
         let mut connection = replica.pool.open(limit).await.ok()?;
         let response = connection.send(request).await.ok()?;
         let status = response.status();
-        let body = Limited::new(response.into_body(), MAX_METRICS_BYTES);
-        let text = body.collect().await.ok()?.to_bytes();
+        let body = response.into_body();
+        let text = connection.collect(body, MAX_METRICS_BYTES).await?;
         Some((status, text))
     };
     tokio::time::timeout(limit, exchange).await.ok().flatten()

@@ -144,7 +144,9 @@ async fn admit(
     let routes = router.routes();
     if routes.version.is_none() {
         let message = "The router has no routing table yet.";
-        return Err(plain(ApiError::unavailable("no_table", message).retry_after(1.0)));
+        return Err(plain(
+            ApiError::unavailable("no_table", message).retry_after(1.0),
+        ));
     }
     let host = host(parts);
     let by_host = host.and_then(|host| routes.by_host(host)).cloned();
@@ -249,11 +251,19 @@ async fn read(
         Ok(Err(error)) if error.is::<LengthLimitError>() => Err(too_large()),
         Ok(Err(error)) => {
             let message = format!("The request's body could not be read: {error}.");
-            Err(ApiError::invalid(StatusCode::BAD_REQUEST, "bad_body", message))
+            Err(ApiError::invalid(
+                StatusCode::BAD_REQUEST,
+                "bad_body",
+                message,
+            ))
         }
         Err(_) => {
             let message = format!("The body didn't arrive within {} s.", patience.as_secs());
-            Err(ApiError::invalid(StatusCode::REQUEST_TIMEOUT, "slow_body", message))
+            Err(ApiError::invalid(
+                StatusCode::REQUEST_TIMEOUT,
+                "slow_body",
+                message,
+            ))
         }
     }
 }
@@ -368,7 +378,10 @@ fn origin_form(uri: &Uri) -> Uri {
 fn prepare_headers(parts: &mut Parts, client: IpAddr, request_id: &str) {
     let headers = &mut parts.headers;
     strip_connection_headers(headers);
-    let client = match headers.get(FORWARDED_FOR).and_then(|value| value.to_str().ok()) {
+    let client = match headers
+        .get(FORWARDED_FOR)
+        .and_then(|value| value.to_str().ok())
+    {
         Some(earlier) => format!("{earlier}, {client}"),
         None => client.to_string(),
     };
@@ -385,7 +398,9 @@ fn prepare_headers(parts: &mut Parts, client: IpAddr, request_id: &str) {
 
 fn request_id(headers: &HeaderMap) -> HeaderValue {
     let given = headers.get(REQUEST_ID).filter(|id| {
-        id.len() <= MAX_REQUEST_ID && !id.is_empty() && id.as_bytes().iter().all(u8::is_ascii_graphic)
+        id.len() <= MAX_REQUEST_ID
+            && !id.is_empty()
+            && id.as_bytes().iter().all(u8::is_ascii_graphic)
     });
     if let Some(id) = given {
         return id.clone();

@@ -181,11 +181,7 @@ impl Router {
         };
         let service = match known {
             Some(known) => Arc::clone(known),
-            None => Service::new(
-                settings(),
-                self.metrics.service(&key),
-                self.wakes.clone(),
-            ),
+            None => Service::new(settings(), self.metrics.service(&key), self.wakes.clone()),
         };
         for replica in service.update(settings()) {
             let watched = monitor::watch(self.config.clone(), Arc::downgrade(&service), replica);
@@ -306,7 +302,8 @@ mod tests {
         serde_json::from_str(&text).unwrap()
     }
 
-    const A: &str = r#"{"namespace":"ns","name":"a","models":["m","x"],"hosts":["a.ns","198.18.0.9"]}"#;
+    const A: &str =
+        r#"{"namespace":"ns","name":"a","models":["m","x"],"hosts":["a.ns","198.18.0.9"]}"#;
     const B: &str = r#"{"namespace":"ns","name":"b","models":["m"],"hosts":["b.ns"]}"#;
 
     #[tokio::test]

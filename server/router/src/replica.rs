@@ -201,7 +201,8 @@ impl Replica {
         // On average a running request has half its answer before it.
         let tokens = f64::from(others) * mean_output / 2.0 + report.waiting_prompt_tokens * share;
         self.others_requests.store(others, Relaxed);
-        self.others_tokens.store(tokens.clamp(0.0, 4e9) as u32, Relaxed);
+        self.others_tokens
+            .store(tokens.clamp(0.0, 4e9) as u32, Relaxed);
         self.reported_at_ms.store(millis(now), Relaxed);
     }
 
@@ -211,7 +212,8 @@ impl Replica {
 
     /// Its own queue is full.
     pub fn full(&self, now: f64) {
-        self.full_until_ms.store(millis(now + FULL_SECONDS), Relaxed);
+        self.full_until_ms
+            .store(millis(now + FULL_SECONDS), Relaxed);
     }
 
     /// One more failure; true when that ejects it.
@@ -240,4 +242,3 @@ impl Replica {
 fn millis(seconds: f64) -> u64 {
     (seconds.max(0.0) * 1000.0) as u64
 }
-

@@ -97,8 +97,12 @@ pub async fn run(args: Args) -> anyhow::Result<()> {
     let limit = Duration::from_secs(args.drain_timeout_seconds);
     tokio::time::timeout(limit, connections.wait())
         .await
-        .with_context(|| format!("{} requests were cut off at the end of the drain timeout",
-                                 connections.len()))?;
+        .with_context(|| {
+            format!(
+                "{} requests were cut off at the end of the drain timeout",
+                connections.len()
+            )
+        })?;
     tracing::info!("drained");
     Ok(())
 }

@@ -157,7 +157,13 @@ impl Service {
 
     /// A ticket for a request that just arrived.
     #[must_use]
-    pub fn ticket(&self, flow: FlowId, priority: i32, tokens: (u64, u64), prefix: Prefix) -> Ticket {
+    pub fn ticket(
+        &self,
+        flow: FlowId,
+        priority: i32,
+        tokens: (u64, u64),
+        prefix: Prefix,
+    ) -> Ticket {
         let arrived = clock::now();
         self.arrivals.fetch_add(1, Relaxed);
         self.last_arrival_ms

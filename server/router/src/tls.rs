@@ -85,8 +85,11 @@ impl Tls {
 
     fn changed(&self) -> [Option<SystemTime>; 2] {
         // Through links, as mounted Secrets are.
-        [&self.certificate, &self.key]
-            .map(|path| std::fs::metadata(path).and_then(|file| file.modified()).ok())
+        [&self.certificate, &self.key].map(|path| {
+            std::fs::metadata(path)
+                .and_then(|file| file.modified())
+                .ok()
+        })
     }
 }
 

@@ -144,11 +144,20 @@ mod tests {
         };
         std::fs::write(&path, pem(&key)).unwrap();
         let gate = Gate::new(path.clone(), "pod-1".into(), 4);
-        assert!(matches!(gate.check(&HeaderMap::new()), Err(TokenError::Missing)));
+        assert!(matches!(
+            gate.check(&HeaderMap::new()),
+            Err(TokenError::Missing)
+        ));
         let check = |claims: &Value| gate.check(&token(&key, claims));
         assert_eq!(check(&claims("pod-1", 60, 4)).unwrap(), 4);
-        assert!(matches!(check(&claims("pod-2", 60, 9)), Err(TokenError::OtherPod(_))));
-        assert!(matches!(check(&claims("pod-1", -60, 9)), Err(TokenError::Invalid(_))));
+        assert!(matches!(
+            check(&claims("pod-2", 60, 9)),
+            Err(TokenError::OtherPod(_))
+        ));
+        assert!(matches!(
+            check(&claims("pod-1", -60, 9)),
+            Err(TokenError::Invalid(_))
+        ));
         assert_eq!(check(&claims("pod-1", 60, 6)).unwrap(), 6);
         let old = check(&claims("pod-1", 60, 5)).unwrap_err();
         assert!(matches!(old, TokenError::OldEpoch { got: 5, seen: 6 }));
@@ -162,6 +171,9 @@ mod tests {
         let later = SystemTime::now() + std::time::Duration::from_secs(5);
         let file = std::fs::File::options().write(true).open(&path).unwrap();
         file.set_modified(later).unwrap();
-        assert_eq!(gate.check(&token(&new, &claims("pod-1", 60, 7))).unwrap(), 7);
+        assert_eq!(
+            gate.check(&token(&new, &claims("pod-1", 60, 7))).unwrap(),
+            7
+        );
     }
 }

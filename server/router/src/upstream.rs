@@ -1,9 +1,13 @@
 //! Connections to one replica: HTTP/1.1, kept alive, newest first.
 
+use std::future::poll_fn;
 use std::net::SocketAddr;
+use std::pin::Pin;
+use std::task::{Context, Poll, Waker};
 use std::time::Duration;
 
-use bytes::Bytes;
+use bytes::{Bytes, BytesMut};
+use http_body::{Body, Frame};
 use http_body_util::Full;
 use hyper::body::Incoming;
 use hyper::client::conn::http1::{self, SendRequest};
@@ -12,10 +16,11 @@ use hyper_util::rt::TokioIo;
 use parking_lot::Mutex;
 use thiserror::Error;
 use tokio::net::TcpStream;
-use tokio::task::AbortHandle;
 
 /// Kept open for later; more are closed.
 const MAX_IDLE: usize = 256;
+/// Of each connection: some twenty events, and little for thousands of streams that wait.
+const READ_BUFFER: usize = 4096;
 const KEEP_ALIVE: Duration = Duration::from_secs(10);
 /// Unacknowledged data for this long means that the other side's machine is gone.
 const GONE_AFTER: Duration = Duration::from_secs(20);
@@ -36,21 +41,17 @@ pub enum SendError {
 }
 
 /// One connection; closed when dropped unless it goes back to the pool.
+///
+/// Nothing drives it in the background: whoever waits for its response or body does, in its own
+/// task. So all events that came in one read are passed on in one go, and an answer costs no
+/// switch between tasks.
 #[derive(Debug)]
 pub struct Connection {
-    sender: Option<SendRequest<Full<Bytes>>>,
-    task: AbortHandle,
+    sender: SendRequest<Full<Bytes>>,
+    /// None once the replica has closed it.
+    driver: Option<http1::Connection<TokioIo<TcpStream>, Full<Bytes>>>,
     /// It served another request before.
     pub reused: bool,
-}
-
-impl Drop for Connection {
-    fn drop(&mut self) {
-        // Ends the socket at once, so that the replica sees that nobody waits any more.
-        if self.sender.is_some() {
-            self.task.abort();
-        }
-    }
 }
 
 impl Connection {
@@ -71,34 +72,97 @@ impl Connection {
         socket
             .set_tcp_user_timeout(Some(GONE_AFTER))
             .map_err(error)?;
-        let (sender, connection) = http1::handshake(TokioIo::new(stream))
+        let (sender, driver) = http1::Builder::new()
+            .read_buf_exact_size(Some(READ_BUFFER))
+            .handshake(TokioIo::new(stream))
             .await
             .map_err(SendError::Broken)?;
-        let task = tokio::spawn(async move {
-            // Its error reaches whoever waits for the response.
-            let _ = connection.await;
-        });
         Ok(Self {
-            sender: Some(sender),
-            task: task.abort_handle(),
+            sender,
+            driver: Some(driver),
             reused: false,
         })
     }
 
+    /// Sends a request and waits for the head of its response.
+    ///
+    /// # Errors
+    /// Whether the request may have reached the replica.
     pub async fn send(
         &mut self,
         request: Request<Full<Bytes>>,
     ) -> Result<Response<Incoming>, SendError> {
-        let Some(sender) = &mut self.sender else {
-            return Err(SendError::NotSent);
-        };
-        sender.try_send_request(request).await.map_err(|mut error| {
+        let mut response = std::pin::pin!(self.sender.try_send_request(request));
+        let driver = &mut self.driver;
+        let sent = poll_fn(|context| {
+            if let Poll::Ready(response) = response.as_mut().poll(context) {
+                return Poll::Ready(response);
+            }
+            drive(driver, context);
+            response.as_mut().poll(context)
+        });
+        sent.await.map_err(|mut error| {
             if error.take_message().is_some() {
                 SendError::NotSent
             } else {
                 SendError::Broken(error.into_error())
             }
         })
+    }
+
+    /// The next piece of a response's body.
+    pub fn poll_frame(
+        &mut self,
+        body: &mut Incoming,
+        context: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, hyper::Error>>> {
+        if let Poll::Ready(frame) = Pin::new(&mut *body).poll_frame(context) {
+            return Poll::Ready(frame);
+        }
+        drive(&mut self.driver, context);
+        Pin::new(body).poll_frame(context)
+    }
+
+    /// The next piece of a response's body.
+    pub async fn frame(
+        &mut self,
+        body: &mut Incoming,
+    ) -> Option<Result<Frame<Bytes>, hyper::Error>> {
+        poll_fn(|context| self.poll_frame(body, context)).await
+    }
+
+    /// A body of at most so many bytes; None when it is longer or breaks off.
+    pub async fn collect(&mut self, mut body: Incoming, most: usize) -> Option<Bytes> {
+        let mut whole = BytesMut::new();
+        while let Some(frame) = self.frame(&mut body).await {
+            if let Ok(data) = frame.ok()?.into_data() {
+                whole.extend_from_slice(&data);
+            }
+            if whole.len() > most {
+                return None;
+            }
+        }
+        Some(whole.freeze())
+    }
+
+    /// It can take a request now. Looks without waiting: what isn't ready at once isn't worth
+    /// keeping.
+    fn is_ready(&mut self) -> bool {
+        let mut context = Context::from_waker(Waker::noop());
+        drive(&mut self.driver, &mut context);
+        let ready = self.sender.poll_ready(&mut context);
+        self.driver.is_some() && matches!(ready, Poll::Ready(Ok(())))
+    }
+}
+
+fn drive(
+    driver: &mut Option<http1::Connection<TokioIo<TcpStream>, Full<Bytes>>>,
+    context: &mut Context<'_>,
+) {
+    let polled = driver.as_mut().map(|driver| Pin::new(driver).poll(context));
+    if let Some(Poll::Ready(_)) = polled {
+        // Its error reaches whoever waits for the response or its body.
+        *driver = None;
     }
 }
 
@@ -119,30 +183,32 @@ impl Pool {
     }
 
     /// An idle connection that still lives, else a new one.
+    ///
+    /// # Errors
+    /// When none can be opened in time.
     pub async fn get(&self, timeout: Duration) -> Result<Connection, SendError> {
         loop {
             let idle = self.idle.lock().pop();
             let Some(mut connection) = idle else {
-                return Connection::open(self.address, timeout).await;
+                return self.open(timeout).await;
             };
-            let Some(sender) = &mut connection.sender else {
-                continue;
-            };
-            if sender.is_ready() || sender.ready().await.is_ok() {
+            if connection.is_ready() {
                 return Ok(connection);
             }
         }
     }
 
     /// A connection of its own, whatever is idle.
+    ///
+    /// # Errors
+    /// When none can be opened in time.
     pub async fn open(&self, timeout: Duration) -> Result<Connection, SendError> {
         Connection::open(self.address, timeout).await
     }
 
     /// Takes back a connection whose response was read to its end.
     pub fn put(&self, mut connection: Connection) {
-        let closed = connection.sender.as_ref().is_none_or(SendRequest::is_closed);
-        if closed {
+        if !connection.is_ready() {
             return;
         }
         connection.reused = true;
@@ -154,11 +220,7 @@ impl Pool {
 
     /// Drops connections that the replica closed.
     pub fn prune(&self) {
-        let live = |connection: &Connection| match &connection.sender {
-            Some(sender) => !sender.is_closed(),
-            None => false,
-        };
-        self.idle.lock().retain(live);
+        self.idle.lock().retain_mut(Connection::is_ready);
     }
 
     /// Closes all idle connections.

@@ -1,4 +1,10 @@
 //! Replicas that die, drain, hang or refuse: requests go elsewhere or end readably.
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    reason = "tests"
+)]
 
 mod common;
 
@@ -10,7 +16,9 @@ use hyper::StatusCode;
 use serde_json::json;
 
 /// A bad and a good replica; the bad one gets the first request.
-async fn pair(behaviour: Behaviour) -> (TestRouter, std::sync::Arc<Replica>, std::sync::Arc<Replica>) {
+async fn pair(
+    behaviour: Behaviour,
+) -> (TestRouter, std::sync::Arc<Replica>, std::sync::Arc<Replica>) {
     let router = TestRouter::start().await;
     let (bad, good) = (Replica::start("bad").await, Replica::start("good").await);
     bad.behave(behaviour);
@@ -31,7 +39,12 @@ async fn what_fails_before_the_first_byte_goes_elsewhere() {
             let (router, bad, good) = pair(behaviour).await;
             for _ in 0..10 {
                 let answer = router.complete(body(3, stream)).await;
-                assert_eq!(answer.status, StatusCode::OK, "{behaviour:?} {}", answer.text);
+                assert_eq!(
+                    answer.status,
+                    StatusCode::OK,
+                    "{behaviour:?} {}",
+                    answer.text
+                );
                 assert!(answer.whole);
                 if stream {
                     assert_eq!(answer.events(), (vec![0, 1, 2], true, None));
@@ -49,7 +62,10 @@ async fn what_fails_before_the_first_byte_goes_elsewhere() {
 #[tokio::test]
 async fn a_dead_replica_is_ejected_and_comes_back() {
     let router = TestRouter::start().await;
-    let (first, second) = (Replica::start("first").await, Replica::start("second").await);
+    let (first, second) = (
+        Replica::start("first").await,
+        Replica::start("second").await,
+    );
     router.push(&[first.entry(1), second.entry(1)]);
     first.kill();
     for _ in 0..20 {
@@ -79,9 +95,16 @@ async fn a_cut_stream_ends_with_an_error_event() {
         let (tokens, done, error) = answer.events();
         assert_eq!(tokens, (0..count).collect::<Vec<_>>());
         assert!(!done);
-        assert!(error.unwrap().contains("failed in the middle"), "{behaviour:?}");
+        assert!(
+            error.unwrap().contains("failed in the middle"),
+            "{behaviour:?}"
+        );
         assert_eq!(bad.requests.load(SeqCst), 1);
-        assert_eq!(good.requests.load(SeqCst), 0, "begun streams are never repeated");
+        assert_eq!(
+            good.requests.load(SeqCst),
+            0,
+            "begun streams are never repeated"
+        );
         assert!(router.metric("stoker_router_broken_streams_total").await >= 1.0);
     }
 }
@@ -92,7 +115,10 @@ async fn a_short_answer_cut_in_the_middle_is_asked_for_again() {
     let answer = router.complete(body(500, false)).await;
     assert!(answer.whole);
     assert_eq!(answer.json()["id"], "good");
-    assert_eq!((bad.requests.load(SeqCst), good.requests.load(SeqCst)), (1, 1));
+    assert_eq!(
+        (bad.requests.load(SeqCst), good.requests.load(SeqCst)),
+        (1, 1)
+    );
 }
 
 #[tokio::test]
@@ -101,7 +127,12 @@ async fn a_replica_that_says_nothing_is_left() {
     let answer = router.complete(body(3, true)).await;
     assert_eq!(answer.events(), (vec![0, 1, 2], true, None));
     assert_eq!(good.requests.load(SeqCst), 1);
-    assert!(router.metric("stoker_router_ejections_total{reason=\"unresponsive\"").await >= 1.0);
+    assert!(
+        router
+            .metric("stoker_router_ejections_total{reason=\"unresponsive\"")
+            .await
+            >= 1.0
+    );
 }
 
 #[tokio::test]
@@ -114,7 +145,10 @@ async fn the_first_byte_has_a_limit() {
     router.push(&[bad.entry(1_000_000), good.entry(1)]);
     let answer = router.complete(body(3, false)).await;
     assert_eq!(answer.json()["id"], "good");
-    until("the hanging request is cancelled", || bad.cancelled.load(SeqCst) == 1).await;
+    until("the hanging request is cancelled", || {
+        bad.cancelled.load(SeqCst) == 1
+    })
+    .await;
 }
 
 #[tokio::test]
@@ -144,7 +178,12 @@ async fn a_request_that_kills_replicas_does_not_kill_all() {
     router.push(&entries);
     let answer = router.complete(body(3, false)).await;
     assert_eq!(answer.status, StatusCode::BAD_GATEWAY);
-    assert!(answer.json()["error"]["message"].as_str().unwrap().contains("3 attempts"));
+    assert!(
+        answer.json()["error"]["message"]
+            .as_str()
+            .unwrap()
+            .contains("3 attempts")
+    );
     let tried = replicas.iter().filter(|r| r.requests.load(SeqCst) > 0);
     assert_eq!(tried.count(), 3);
 }
@@ -161,12 +200,22 @@ async fn a_client_that_goes_away_frees_its_place() {
         router.push(&[replica.entry(1)]);
         let address = router.address;
         let client = tokio::spawn(async move {
-            common::post(address, "svc.ns", "/v1/completions", &body(1000, stream), &[]).await
+            common::post(
+                address,
+                "svc.ns",
+                "/v1/completions",
+                &body(1000, stream),
+                &[],
+            )
+            .await
         });
         until("the request runs", || replica.requests.load(SeqCst) == 1).await;
         tokio::time::sleep(Duration::from_millis(50)).await;
         client.abort();
-        until("the replica is told", || replica.cancelled.load(SeqCst) == 1).await;
+        until("the replica is told", || {
+            replica.cancelled.load(SeqCst) == 1
+        })
+        .await;
         let load = || router.router.routes().services[0].load().replicas[0].in_flight();
         until("its place is free", || load() == 0).await;
         let tokens = router.router.routes().services[0].load().replicas[0].tokens();
@@ -183,7 +232,12 @@ async fn all_replicas_gone_ends_with_a_readable_error() {
     router.push_with(&[entry], json!({"cold_start_deadline_seconds": 0.5}));
     let answer = router.complete(body(3, false)).await;
     assert_eq!(answer.status, StatusCode::BAD_GATEWAY, "{}", answer.text);
-    assert!(answer.json()["error"]["message"].as_str().unwrap().contains("no connection"));
+    assert!(
+        answer.json()["error"]["message"]
+            .as_str()
+            .unwrap()
+            .contains("no connection")
+    );
     let (tokens, done, error) = router.complete(body(3, true)).await.events();
     assert_eq!((tokens.len(), done), (0, false));
     assert!(error.is_some());

@@ -1,4 +1,10 @@
 //! Keys, limits, slow clients, TLS, and a graceful end.
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    reason = "tests"
+)]
 
 mod common;
 
@@ -28,7 +34,14 @@ fn key(name: &str, secret: &str, limits: Value) -> Value {
 async fn ask(router: &TestRouter, secret: &str, tokens: u32) -> common::Answer {
     let bearer = format!("Bearer {secret}");
     let headers = [("authorization", bearer.as_str())];
-    post(router.address, "svc.ns", "/v1/completions", &body(tokens, false), &headers).await
+    post(
+        router.address,
+        "svc.ns",
+        "/v1/completions",
+        &body(tokens, false),
+        &headers,
+    )
+    .await
 }
 
 #[tokio::test]
@@ -44,7 +57,10 @@ async fn keys_are_asked_for_and_limited() {
         assert_eq!(answer.status, 401);
         assert_eq!(answer.json()["error"]["code"], "invalid_api_key");
     }
-    assert_eq!(get(router.address, "svc.ns", "/v1/models").await.status, 401);
+    assert_eq!(
+        get(router.address, "svc.ns", "/v1/models").await.status,
+        401
+    );
     assert_eq!(replica.requests.load(SeqCst), 0);
     for left in ["2", "1", "0"] {
         let answer = ask(&router, "one", 1).await;
@@ -60,7 +76,10 @@ async fn keys_are_asked_for_and_limited() {
     assert_eq!(ask(&router, "two", 150).await.status, 200);
     assert_eq!(ask(&router, "two", 150).await.status, 429);
     let heads = replica.heads.lock().join("");
-    assert!(!heads.to_ascii_lowercase().contains("authorization"), "{heads}");
+    assert!(
+        !heads.to_ascii_lowercase().contains("authorization"),
+        "{heads}"
+    );
     assert_eq!(replica.requests.load(SeqCst), 4);
 }
 
@@ -77,7 +96,14 @@ async fn a_flood_of_one_key_does_not_delay_another() {
     for _ in 0..200 {
         let headers = [("authorization", "Bearer f")];
         flood.spawn(async move {
-            post(address, "svc.ns", "/v1/completions", &body(4, false), &headers).await
+            post(
+                address,
+                "svc.ns",
+                "/v1/completions",
+                &body(4, false),
+                &headers,
+            )
+            .await
         });
     }
     let queue = || router.router.routes().services[0].load().queue_length;
@@ -88,7 +114,10 @@ async fn a_flood_of_one_key_does_not_delay_another() {
     }
     // Each waited for its turn between two flows, never for the flood's queue.
     let meanwhile = replica.requests.load(SeqCst) - before;
-    assert!(meanwhile <= 40, "{meanwhile} requests went before 5 calm ones were done");
+    assert!(
+        meanwhile <= 40,
+        "{meanwhile} requests went before 5 calm ones were done"
+    );
     flood.abort_all();
 }
 
@@ -102,7 +131,13 @@ async fn bodies_have_a_size_and_a_time() {
     router.push_with(&[replica.entry(1)], json!({"max_body_bytes": 1000}));
     let large = json!({"model": "m", "prompt": "x".repeat(2000)});
     let answer = router.complete(large).await;
-    assert_eq!((answer.status.as_u16(), answer.json()["error"]["code"].as_str().unwrap()), (413, "body_too_large"));
+    assert_eq!(
+        (
+            answer.status.as_u16(),
+            answer.json()["error"]["code"].as_str().unwrap()
+        ),
+        (413, "body_too_large")
+    );
     let raw = |text: &'static str| async move {
         let mut stream = TcpStream::connect(router.address).await.unwrap();
         stream.write_all(text.as_bytes()).await.unwrap();
@@ -110,15 +145,21 @@ async fn bodies_have_a_size_and_a_time() {
         let _ = stream.read_to_string(&mut answer).await;
         answer
     };
-    let chunked = "POST /v1/completions HTTP/1.1\r\nhost: svc.ns\r\ntransfer-encoding: chunked\r\n\r\n";
-    let slow = raw("POST /v1/completions HTTP/1.1\r\nhost: svc.ns\r\ncontent-length: 99\r\n\r\n{\"a\"").await;
+    let chunked =
+        "POST /v1/completions HTTP/1.1\r\nhost: svc.ns\r\ntransfer-encoding: chunked\r\n\r\n";
+    let slow =
+        raw("POST /v1/completions HTTP/1.1\r\nhost: svc.ns\r\ncontent-length: 99\r\n\r\n{\"a\"")
+            .await;
     assert!(slow.starts_with("HTTP/1.1 408"), "{slow}");
     let mut over = chunked.to_owned();
     over.push_str(&format!("{:x}\r\n{}\r\n0\r\n\r\n", 1500, "x".repeat(1500)));
     let over = raw(Box::leak(over.into_boxed_str())).await;
     assert!(over.starts_with("HTTP/1.1 413"), "{over}");
     let cut = raw("POST /v1/completions HTTP/1.1\r\nhost: svc.ns\r\nconnection: close\r\ncontent-length: 12\r\n\r\n{\"model\":\"m\"").await;
-    assert!(cut.starts_with("HTTP/1.1 400") && cut.contains("invalid_json"), "{cut}");
+    assert!(
+        cut.starts_with("HTTP/1.1 400") && cut.contains("invalid_json"),
+        "{cut}"
+    );
     // A head that never ends: the connection is closed.
     raw("POST /v1/completions HTTP/1.1\r\nhost: svc").await;
     assert_eq!(replica.requests.load(SeqCst), 0);
@@ -154,19 +195,44 @@ async fn requests_are_told_apart_and_passed_on_as_they_are() {
     let router = TestRouter::start().await;
     let replica = Replica::start("only").await;
     router.push(&[replica.entry(1)]);
-    let headers = [("x-request-id", "mine-1"), ("connection", "x-hop"), ("x-hop", "1"), ("x-end", "2")];
-    let answer = post(router.address, "svc.ns", "/v1/completions?a=b", &body(1, false), &headers).await;
+    let headers = [
+        ("x-request-id", "mine-1"),
+        ("connection", "x-hop"),
+        ("x-hop", "1"),
+        ("x-end", "2"),
+    ];
+    let answer = post(
+        router.address,
+        "svc.ns",
+        "/v1/completions?a=b",
+        &body(1, false),
+        &headers,
+    )
+    .await;
     assert_eq!(answer.headers["x-request-id"], "mine-1");
     assert_eq!(answer.headers["x-stoker-replica"], "only");
     assert!(answer.headers.contains_key("x-stoker-queue-ms"));
     let head = replica.heads.lock()[0].to_ascii_lowercase();
-    assert!(head.starts_with("post /v1/completions?a=b http/1.1"), "{head}");
-    assert!(head.contains("x-request-id: mine-1") && head.contains("x-end: 2"), "{head}");
+    assert!(
+        head.starts_with("post /v1/completions?a=b http/1.1"),
+        "{head}"
+    );
+    assert!(
+        head.contains("x-request-id: mine-1") && head.contains("x-end: 2"),
+        "{head}"
+    );
     assert!(head.contains("x-forwarded-for: 127.0.0.1"), "{head}");
     assert!(!head.contains("x-hop"), "{head}");
     let made = router.complete(body(1, false)).await;
-    assert!(made.headers["x-request-id"].to_str().unwrap().starts_with("req-"));
-    let code = router.metric("stoker_router_requests_total{code=\"200\",service=\"ns/svc\"}").await;
+    assert!(
+        made.headers["x-request-id"]
+            .to_str()
+            .unwrap()
+            .starts_with("req-")
+    );
+    let code = router
+        .metric("stoker_router_requests_total{code=\"200\",service=\"ns/svc\"}")
+        .await;
     assert_eq!(code, 2.0);
 }
 
@@ -183,8 +249,13 @@ async fn at_the_end_what_runs_is_finished() {
     router.stop.cancel();
     router.connections.close();
     assert_eq!(get(router.metrics, "x", "/ready").await.status, 503);
-    assert_eq!(read(running).await.events(), ((0..20).collect(), true, None));
-    tokio::time::timeout(Duration::from_secs(5), router.connections.wait()).await.unwrap();
+    assert_eq!(
+        read(running).await.events(),
+        ((0..20).collect(), true, None)
+    );
+    tokio::time::timeout(Duration::from_secs(5), router.connections.wait())
+        .await
+        .unwrap();
 }
 
 #[tokio::test]
@@ -226,12 +297,20 @@ async fn tls_serves_with_whatever_certificate_is_there_now() {
             .with_no_client_auth();
         let stream = TcpStream::connect(address).await.unwrap();
         let connector = tokio_rustls::TlsConnector::from(Arc::new(config));
-        let stream = connector.connect("svc.ns".try_into().unwrap(), stream).await.ok()?;
-        let (mut sender, connection) =
-            hyper::client::conn::http1::handshake(TokioIo::new(stream)).await.unwrap();
+        let stream = connector
+            .connect("svc.ns".try_into().unwrap(), stream)
+            .await
+            .ok()?;
+        let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream))
+            .await
+            .unwrap();
         tokio::spawn(connection);
         let request = common::request("svc.ns", "/v1/completions", &body(3, true), &[]);
-        Some(read(sender.send_request(request).await.unwrap()).await.events())
+        Some(
+            read(sender.send_request(request).await.unwrap())
+                .await
+                .events(),
+        )
     };
     assert_eq!(ask(first.clone()).await, Some((vec![0, 1, 2], true, None)));
     let second = write(10);

@@ -1,4 +1,10 @@
 //! Where requests go, who waits, and what the operator and the client are told of it.
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    reason = "tests"
+)]
 
 mod common;
 
@@ -23,7 +29,9 @@ async fn services_are_found_by_host_or_model() {
         {"namespace": "ns", "name": "b", "models": ["m"], "hosts": ["b.ns", "198.18.0.7"],
          "replicas": [b.entry(1)]}]});
     let put = hyper::Request::put("/control/v1/table").header("host", "x");
-    let put = put.body(http_body_util::Full::new(table.to_string().into())).unwrap();
+    let put = put
+        .body(http_body_util::Full::new(table.to_string().into()))
+        .unwrap();
     let answer = read(common::send(router.control, put).await.unwrap()).await;
     assert_eq!(answer.status, 200, "{}", answer.text);
     assert_eq!(answer.json()["replicas"], 2);
@@ -107,7 +115,10 @@ async fn weight_zero_gets_no_new_work_and_finishes_what_it_has() {
     for _ in 0..10 {
         assert_eq!(router.complete(body(1, false)).await.json()["id"], "b");
     }
-    assert_eq!(read(running).await.events(), ((0..20).collect(), true, None));
+    assert_eq!(
+        read(running).await.events(),
+        ((0..20).collect(), true, None)
+    );
     // Gone from the table altogether: the same.
     let running = router.open(body(200, true)).await;
     router.push(&[a.entry(1)]);
@@ -124,7 +135,15 @@ async fn waiting_requests_go_by_priority_then_arrival() {
     router.push(&[replica.entry(1)]);
     replica.pace(300);
     let mut asked = Vec::new();
-    let arrivals = [("fill", 0), ("fill", 0), ("c", 0), ("d", 0), ("z", 9), ("a", -5), ("b", -5)];
+    let arrivals = [
+        ("fill", 0),
+        ("fill", 0),
+        ("c", 0),
+        ("d", 0),
+        ("z", 9),
+        ("a", -5),
+        ("b", -5),
+    ];
     for (count, (user, priority)) in arrivals.into_iter().enumerate() {
         let mut body = body(1, false);
         body["priority"] = priority.into();
@@ -144,7 +163,10 @@ async fn waiting_requests_go_by_priority_then_arrival() {
         assert_eq!(task.await.unwrap().status, 200);
     }
     let order = replica.order.lock().clone();
-    assert_eq!(order[2..].iter().map(String::as_str).collect::<Vec<_>>(), ["a", "b", "c", "d", "z"]);
+    assert_eq!(
+        order[2..].iter().map(String::as_str).collect::<Vec<_>>(),
+        ["a", "b", "c", "d", "z"]
+    );
 }
 
 #[tokio::test]
@@ -153,10 +175,16 @@ async fn a_sleeping_service_is_woken_and_its_requests_wait() {
     router.push(&[]);
     let request = hyper::Request::get("/control/v1/watch").header("host", "x");
     let request = request.body(http_body_util::Full::new("".into())).unwrap();
-    let mut watch = common::send(router.control, request).await.unwrap().into_body();
+    let mut watch = common::send(router.control, request)
+        .await
+        .unwrap()
+        .into_body();
     let first = watch.frame().await.unwrap().unwrap().into_data().unwrap();
     let first: Value = serde_json::from_slice(&first).unwrap();
-    assert_eq!((&first["event"], &first["services"][0]["usable"]), (&json!("queues"), &json!(false)));
+    assert_eq!(
+        (&first["event"], &first["services"][0]["usable"]),
+        (&json!("queues"), &json!(false))
+    );
 
     let address = router.address;
     let asked: Vec<_> = (0..100)
@@ -172,7 +200,10 @@ async fn a_sleeping_service_is_woken_and_its_requests_wait() {
         let line = watch.frame().await.unwrap().unwrap().into_data().unwrap();
         let line: Value = serde_json::from_slice(&line).unwrap();
         if line["event"] == "wake" {
-            assert_eq!((&line["namespace"], &line["name"]), (&json!("ns"), &json!("svc")));
+            assert_eq!(
+                (&line["namespace"], &line["name"]),
+                (&json!("ns"), &json!("svc"))
+            );
             woken += 1;
             continue;
         }
@@ -191,14 +222,27 @@ async fn a_sleeping_service_is_woken_and_its_requests_wait() {
         let answer = answer.await.unwrap();
         assert_eq!(answer.status, 200);
         if number % 2 == 0 {
-            assert!(answer.text.starts_with(": waiting for a replica"), "{}", answer.text);
+            assert!(
+                answer.text.starts_with(": waiting for a replica"),
+                "{}",
+                answer.text
+            );
             assert_eq!(answer.events(), (vec![0, 1, 2], true, None));
         } else {
-            let cold: u64 = answer.headers["x-stoker-cold-start-ms"].to_str().unwrap().parse().unwrap();
+            let cold: u64 = answer.headers["x-stoker-cold-start-ms"]
+                .to_str()
+                .unwrap()
+                .parse()
+                .unwrap();
             assert!(cold >= 300);
         }
     }
-    assert_eq!(router.metric("stoker_router_cold_start_seconds_count").await, 1.0);
+    assert_eq!(
+        router
+            .metric("stoker_router_cold_start_seconds_count")
+            .await,
+        1.0
+    );
 }
 
 #[tokio::test]
@@ -223,14 +267,21 @@ async fn beyond_what_objectives_allow_it_says_when_to_come_back() {
     // Teaches how long an answer takes.
     router.complete(body(2, false)).await;
     let answers = futures_join((0..20).map(|_| router.complete(body(2, false)))).await;
-    let busy: Vec<_> = answers.iter().filter(|answer| answer.status == 429).collect();
+    let busy: Vec<_> = answers
+        .iter()
+        .filter(|answer| answer.status == 429)
+        .collect();
     assert!(busy.len() >= 14, "{}", busy.len());
     for answer in &busy {
         let after = answer.headers["retry-after"].to_str().unwrap();
         assert!(after.parse::<u64>().unwrap() >= 1);
         assert_eq!(answer.json()["error"]["code"], "queue_full");
     }
-    assert!(answers.iter().all(|answer| [200, 429].contains(&answer.status.as_u16())));
+    assert!(
+        answers
+            .iter()
+            .all(|answer| [200, 429].contains(&answer.status.as_u16()))
+    );
 }
 
 #[tokio::test]
@@ -246,7 +297,7 @@ async fn table_changes_under_load_lose_nothing() {
             let router = &router;
             async move {
                 tokio::time::sleep(Duration::from_millis(number * 5)).await;
-                router.complete(body(10, number % 2 == 0)).await
+                router.complete(body(10, number.is_multiple_of(2))).await
             }
         }))
         .await
@@ -314,8 +365,15 @@ async fn futures_join<T>(futures: impl Iterator<Item = impl Future<Output = T>>)
                 }
             }
         }
-        if ready { std::task::Poll::Ready(()) } else { std::task::Poll::Pending }
+        if ready {
+            std::task::Poll::Ready(())
+        } else {
+            std::task::Poll::Pending
+        }
     })
     .await;
-    pending.into_iter().map(|(_, output)| output.unwrap()).collect()
+    pending
+        .into_iter()
+        .map(|(_, output)| output.unwrap())
+        .collect()
 }

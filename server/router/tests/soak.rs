@@ -2,6 +2,12 @@
 //! answer or a readable error, and no token comes twice.
 //!
 //! SOAK_SECONDS (default 20) and SOAK_SEED (default: random, printed) change the run.
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    reason = "tests"
+)]
 
 mod common;
 
@@ -25,7 +31,10 @@ struct Counts {
 }
 
 fn setting(name: &str, default: u64) -> u64 {
-    std::env::var(name).ok().and_then(|text| text.parse().ok()).unwrap_or(default)
+    std::env::var(name)
+        .ok()
+        .and_then(|text| text.parse().ok())
+        .unwrap_or(default)
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -42,7 +51,12 @@ async fn no_request_is_lost_and_no_token_comes_twice() {
     let clients: Vec<_> = (0..CLIENTS)
         .map(|number| {
             let seed = seed.wrapping_add(number);
-            tokio::spawn(client(Arc::clone(&router), Arc::clone(&counts), Arc::clone(&over), seed))
+            tokio::spawn(client(
+                Arc::clone(&router),
+                Arc::clone(&counts),
+                Arc::clone(&over),
+                seed,
+            ))
         })
         .collect();
     let end = Instant::now() + Duration::from_secs(seconds);
@@ -72,8 +86,14 @@ async fn no_request_is_lost_and_no_token_comes_twice() {
             // Drains, refuses or hangs for a while, then answers again.
             6..=7 => {
                 let victim = &fleet[random.random_range(0..fleet.len())];
-                let behaviours = [Behaviour::Drain, Behaviour::Full, Behaviour::DieAfterHead,
-                                  Behaviour::DieBeforeFirstByte, Behaviour::DieAfter(2), Behaviour::HangAll];
+                let behaviours = [
+                    Behaviour::Drain,
+                    Behaviour::Full,
+                    Behaviour::DieAfterHead,
+                    Behaviour::DieBeforeFirstByte,
+                    Behaviour::DieAfter(2),
+                    Behaviour::HangAll,
+                ];
                 victim.behave(behaviours[random.random_range(0..behaviours.len())]);
                 let victim = Arc::clone(victim);
                 let wait = random.random_range(50..400);
@@ -94,17 +114,27 @@ async fn no_request_is_lost_and_no_token_comes_twice() {
     router.push(&entries);
     over.store(true, SeqCst);
     for client in clients {
-        tokio::time::timeout(Duration::from_secs(60), client).await.unwrap().unwrap();
+        tokio::time::timeout(Duration::from_secs(60), client)
+            .await
+            .unwrap()
+            .unwrap();
     }
     let load = router.router.routes().services[0].load();
     assert_eq!(load.queue_length, 0);
     for replica in &load.replicas {
-        assert_eq!((replica.in_flight(), replica.tokens()), (0, 0), "a place was never freed");
+        assert_eq!(
+            (replica.in_flight(), replica.tokens()),
+            (0, 0),
+            "a place was never freed"
+        );
     }
     let count = |counter: &AtomicU64| counter.load(SeqCst);
     println!(
         "complete {}, streams with an error event {}, other errors {}, kills {}",
-        count(&counts.complete), count(&counts.broken_streams), count(&counts.errors), count(&counts.kills)
+        count(&counts.complete),
+        count(&counts.broken_streams),
+        count(&counts.errors),
+        count(&counts.kills)
     );
     assert!(count(&counts.complete) > 100 * seconds.min(20) / 20);
     // Only requests that broke three replicas in turn may fail before their first byte.
@@ -150,7 +180,11 @@ async fn client(router: Arc<TestRouter>, counts: Arc<Counts>, over: Arc<AtomicBo
         let (got, done, error) = answer.events();
         let expected: Vec<u64> = (0..got.len() as u64).collect();
         assert_eq!(got, expected, "a token is missing or came twice");
-        assert_eq!(done, error.is_none(), "neither done nor an error: {answer:?}");
+        assert_eq!(
+            done,
+            error.is_none(),
+            "neither done nor an error: {answer:?}"
+        );
         if done {
             assert_eq!(got.len(), tokens as usize);
             counts.complete.fetch_add(1, SeqCst);

@@ -54,8 +54,11 @@ impl TestRouter {
     pub async fn with(config: Config) -> Self {
         let router = Router::new(config, Metrics::new().unwrap(), AccessLog::off());
         let bind = || TcpListener::bind("127.0.0.1:0");
-        let (public, control, metrics) =
-            (bind().await.unwrap(), bind().await.unwrap(), bind().await.unwrap());
+        let (public, control, metrics) = (
+            bind().await.unwrap(),
+            bind().await.unwrap(),
+            bind().await.unwrap(),
+        );
         let this = Self {
             address: public.local_addr().unwrap(),
             control: control.local_addr().unwrap(),
@@ -157,7 +160,12 @@ impl Answer {
     }
 }
 
-pub fn request(host: &str, path: &str, body: &Value, headers: &[(&str, &str)]) -> Request<Full<Bytes>> {
+pub fn request(
+    host: &str,
+    path: &str,
+    body: &Value,
+    headers: &[(&str, &str)],
+) -> Request<Full<Bytes>> {
     let mut request = Request::post(path)
         .header("host", host)
         .header("content-type", "application/json");
@@ -171,12 +179,17 @@ pub async fn send(
     address: SocketAddr,
     request: Request<Full<Bytes>>,
 ) -> Result<Response<Incoming>, String> {
-    let stream = TcpStream::connect(address).await.map_err(|e| e.to_string())?;
+    let stream = TcpStream::connect(address)
+        .await
+        .map_err(|e| e.to_string())?;
     let handshake = hyper::client::conn::http1::handshake(TokioIo::new(stream));
     let (mut sender, connection) = handshake.await.map_err(|e| e.to_string())?;
     // Ends with the response's body, or when that is dropped.
     tokio::spawn(connection);
-    sender.send_request(request).await.map_err(|e| e.to_string())
+    sender
+        .send_request(request)
+        .await
+        .map_err(|e| e.to_string())
 }
 
 pub async fn read(response: Response<Incoming>) -> Answer {

@@ -178,7 +178,11 @@ impl Replica {
         match path.split('?').next().unwrap() {
             "/ready" | "/health" => {
                 let ready = behaviour != Behaviour::Drain;
-                let status = if ready { "200 OK" } else { "503 Service Unavailable" };
+                let status = if ready {
+                    "200 OK"
+                } else {
+                    "503 Service Unavailable"
+                };
                 return plain(stream, status, "{}").await;
             }
             "/metrics" => {
@@ -240,7 +244,12 @@ impl Replica {
         plain(stream, "200 OK", &body).await
     }
 
-    async fn stream(&self, stream: &mut TcpStream, behaviour: Behaviour, tokens: u32) -> Option<()> {
+    async fn stream(
+        &self,
+        stream: &mut TcpStream,
+        behaviour: Behaviour,
+        tokens: u32,
+    ) -> Option<()> {
         let head = "HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\n\
                     transfer-encoding: chunked\r\n\r\n";
         stream.write_all(head.as_bytes()).await.ok()?;
