@@ -4,7 +4,6 @@ use kube::Resource;
 use kube::runtime::events::{Event, EventType};
 use stoker_api::conditions::{self, reasons, types};
 use stoker_api::{InferenceService, InferenceServiceStatus};
-use stoker_autoscaler::Reason;
 use tracing::warn;
 
 use super::Context;
@@ -28,7 +27,7 @@ pub struct Told {
 pub fn changes(
     old: &InferenceServiceStatus,
     new: &InferenceServiceStatus,
-    why: Option<&Reason>,
+    why: Option<String>,
 ) -> Vec<Told> {
     let mut told = Vec::new();
     if let (Some(before), Some(after)) = (old.desired_replicas, new.desired_replicas)
@@ -39,7 +38,7 @@ pub fn changes(
         } else {
             "ScaledDown"
         };
-        let why = why.map_or(String::new(), |why| format!(": {}", why.message));
+        let why = why.map_or(String::new(), |why| format!(": {why}"));
         told.push(Told {
             warning: false,
             reason: reason.to_owned(),
@@ -201,11 +200,8 @@ mod tests {
 
     #[test]
     fn scaling_names_the_numbers_and_the_reason() {
-        let why = Reason {
-            code: stoker_autoscaler::ReasonCode::ScaleUp,
-            message: "8 requests/s need 3 replicas".to_owned(),
-        };
-        let told = changes(&status(2, &[]), &status(3, &[]), Some(&why));
+        let why = Some("8 requests/s need 3 replicas".to_owned());
+        let told = changes(&status(2, &[]), &status(3, &[]), why);
         assert_eq!(
             told[0].note,
             "replicas 2 -> 3: 8 requests/s need 3 replicas"

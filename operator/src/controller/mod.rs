@@ -72,6 +72,8 @@ pub struct Context {
     pub recorder: Recorder,
     statuses: Statuses,
     applied: AppliedBefore,
+    /// What was said of objects that can't be read, by uid.
+    unreadable: Mutex<HashMap<String, String>>,
     /// Failures in a row, by object.
     failures: Mutex<HashMap<ObjectRef<Guarded>, u32>>,
 }
@@ -112,6 +114,7 @@ impl Context {
             recorder,
             statuses: Statuses::default(),
             applied: AppliedBefore::default(),
+            unreadable: Mutex::default(),
             failures: Mutex::default(),
         }
     }
@@ -211,7 +214,10 @@ async fn reconcile(object: Arc<Guarded>, context: Arc<Context>) -> Result<Action
             // Its objects go with it, by their owner references.
             Ok(Action::await_change())
         }
-        Ok(service) => reconcile_service(service, &context).await,
+        Ok(service) => {
+            lock(&context.unreadable).remove(&service.uid().unwrap_or_default());
+            reconcile_service(service, &context).await
+        }
         Err(invalid) => reconcile_unreadable(&object, &invalid.error, &context).await,
     };
     let outcome = if result.is_ok() { "ok" } else { "error" };

@@ -2,8 +2,9 @@
 
 use jiff::Timestamp;
 use k8s_openapi::api::apps::v1::Deployment;
+use k8s_openapi::apimachinery::pkg::util::intstr::IntOrString;
 use kube::ResourceExt;
-use stoker_api::conditions::{Finding, Status, reasons, types};
+use stoker_api::conditions::{self, Finding, Status, reasons, types};
 use stoker_api::{
     DialsStatus, InferenceService, InferenceServiceStatus, LawStatus, LoadStatus, LoadingStatus,
     ScalingMode,
@@ -162,7 +163,7 @@ fn ready(facts: &Facts<'_>) -> Finding {
     if lower == 0 {
         return no(reasons::SCALED_TO_ZERO, scaled_to_zero());
     }
-    if answering >= lower {
+    if answering >= needed(facts, lower) {
         let message = format!("{answering} of {} ready", counted(facts.desired, "replica"));
         return Finding::new(types::READY, Status::True, reasons::REPLICAS_READY, message);
     }
@@ -177,6 +178,35 @@ fn ready(facts: &Facts<'_>) -> Finding {
             format!("{answering} of {lower} needed replicas ready: {message}"),
         ),
     }
+}
+
+/// Replicas without which the service isn't ready. One that is ready stays so while as many are away
+/// as a rollout may take away: a change of the template must page nobody.
+fn needed(facts: &Facts<'_>, lower: u32) -> u32 {
+    let conditions = facts.service.status.as_ref().map(|s| &s.conditions[..]);
+    let was_ready = conditions.is_some_and(|c| conditions::is_true(c, types::READY));
+    match was_ready && progressing(facts).status == Status::True {
+        true => lower.saturating_sub(max_unavailable(facts)).max(1),
+        false => lower,
+    }
+}
+
+/// As the Deployment controller counts it: percentages round down, but where no pod may be surplus
+/// one must be allowed to be missing.
+fn max_unavailable(facts: &Facts<'_>) -> u32 {
+    let rollout = &facts.service.spec.rollout;
+    let no_surge = match &rollout.max_surge {
+        IntOrString::Int(count) => *count == 0,
+        IntOrString::String(text) => text == "0%",
+    };
+    let count = match &rollout.max_unavailable {
+        IntOrString::Int(count) => u32::try_from(*count).unwrap_or(0),
+        IntOrString::String(text) => {
+            let percent = text.trim_end_matches('%').parse::<u32>().unwrap_or(0);
+            facts.desired.saturating_mul(percent) / 100
+        }
+    };
+    count.max(u32::from(no_surge))
 }
 
 fn available(facts: &Facts<'_>) -> Finding {

@@ -104,6 +104,30 @@ fn the_minimum_must_be_ready() {
 }
 
 #[test]
+fn a_rollout_may_take_one_away_from_a_service_that_was_ready() {
+    let mut service = service(json!({"scaling": {"mode": "Manual"}, "replicas": 3}));
+    let starting = || PodState::Starting {
+        message: "pod chat-3 runs and is not ready yet".to_owned(),
+    };
+    let pods = || vec![PodState::Answering, PodState::Answering, starting()];
+    assert_eq!(of(&facts(&service, pods()), "Ready"), ("False", "Starting"));
+
+    let ready = Finding::new(types::READY, true, reasons::REPLICAS_READY, "");
+    let mut status = InferenceServiceStatus::default();
+    let now = k8s_openapi::apimachinery::pkg::apis::meta::v1::Time(Timestamp::UNIX_EPOCH);
+    conditions::set_condition(&mut status.conditions, &ready, None, &now);
+    service.status = Some(status);
+    assert_eq!(of(&facts(&service, pods()), "Ready").0, "True");
+    let two_away = vec![PodState::Answering, starting(), starting()];
+    assert_eq!(of(&facts(&service, two_away), "Ready").0, "False");
+    let crashing = vec![PodState::Answering, PodState::Answering, crashed()];
+    assert_eq!(
+        of(&facts(&service, crashing), "Ready"),
+        ("False", "CrashLoop")
+    );
+}
+
+#[test]
 fn a_full_cluster_says_that_the_dials_carry_on() {
     let service = service(json!({}));
     let full = facts(&service, vec![PodState::Answering, no_gpu(), no_gpu()]);

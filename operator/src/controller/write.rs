@@ -10,12 +10,13 @@ use kube::api::{Patch, PatchParams};
 use kube::{Api, Resource, ResourceExt};
 use serde_json::json;
 use stoker_api::conditions::{self, Finding, Status, reasons, types};
-use stoker_api::{InferenceService, InferenceServiceStatus, names};
+use stoker_api::{InferenceService, InferenceServiceStatus, ScalingMode, names};
 use tracing::warn;
 
 use super::status::{Facts, assess};
 use super::{Context, events, lock};
 use crate::fence::CallError;
+use crate::scaling::Outlook;
 use crate::stores::Guarded;
 
 /// Measured figures are written this often.
@@ -62,7 +63,7 @@ pub async fn status(
     };
     if due {
         write(context, service, &new).await?;
-        let told = events::changes(&old, &new, facts.outlook.reason.as_ref());
+        let told = events::changes(&old, &new, why(service, &facts.outlook));
         events::publish(context, service, told).await;
     }
     let well = conditions::is_true(&new.conditions, types::READY)
@@ -88,10 +89,17 @@ pub async fn desired(
     };
     write(context, service, &new).await?;
     let outlook = crate::scaling::Key::of(service).map(|key| context.board.outlook(&key));
-    let reason = outlook.and_then(|outlook| outlook.reason);
-    let told = events::changes(&old, &new, reason.as_ref());
+    let told = events::changes(&old, &new, outlook.and_then(|o| why(service, &o)));
     events::publish(context, service, told).await;
     Ok(())
+}
+
+/// Why the number of replicas changed.
+fn why(service: &InferenceService, outlook: &Outlook) -> Option<String> {
+    match service.spec.scaling.mode {
+        ScalingMode::Auto => outlook.reason.as_ref().map(|reason| reason.message.clone()),
+        ScalingMode::Manual => Some(format!("spec.replicas is {}", service.spec.replicas)),
+    }
 }
 
 /// Says of an object that can't be read that it can't.
@@ -101,6 +109,13 @@ pub async fn unreadable(
     error: &str,
 ) -> Result<(), StatusError> {
     let name = object.name_any();
+    let uid = object.uid().unwrap_or_default();
+    if lock(&context.unreadable)
+        .get(&uid)
+        .is_some_and(|told| told == error)
+    {
+        return Ok(());
+    }
     let finding = Finding::new(
         types::READY,
         Status::False,
@@ -123,6 +138,7 @@ pub async fn unreadable(
     api.patch_status(&name, &params, &Patch::Apply(body))
         .await
         .map_err(|error| StatusError(error.into()))?;
+    lock(&context.unreadable).insert(uid, error.to_owned());
     Ok(())
 }
 
