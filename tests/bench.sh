@@ -7,7 +7,7 @@ cd "$(dirname "$0")/.."
 
 batches=1,2,4,8
 rounds=6
-requests=20x # of each run, by its users
+requests=20x # 20 times the concurrency
 same=(--prompt-tokens 32 --max-tokens 100)
 budget=512
 
@@ -47,7 +47,7 @@ if [ -z "$url" ]; then
   exit 1
 fi
 
-echo "== over HTTP ($requests requests, about 4 minutes)"
+echo "== over HTTP (20 requests of each user, about 4 minutes)"
 "$programs/stoker-bench" load --url "$url" --concurrency "$batches" --requests "$requests" \
   "${same[@]}" --json "$work/load.json"
 
