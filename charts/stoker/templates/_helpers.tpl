@@ -43,10 +43,6 @@ app.kubernetes.io/managed-by: {{ .Release.Service }}
 - apiGroups: [serving.stoker.dev]
   resources: [inferenceservices/status]
   verbs: [get, patch]
-# Owner references that block the owner's deletion ask for this where that is enforced.
-- apiGroups: [serving.stoker.dev]
-  resources: [inferenceservices/finalizers]
-  verbs: [update]
 # Owned objects: applied, never deleted by hand; the garbage collector follows their owner.
 - apiGroups: [apps]
   resources: [deployments]
