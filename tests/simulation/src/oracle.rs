@@ -131,6 +131,18 @@ pub fn search(setup: &Setup, trace: &Trace, runs: u32) -> Option<Oracle> {
     if search.best.is_empty() {
         return None;
     }
+    // A fleet in proportion to the load that is to come is a better start than a constant one.
+    let load = load_ahead(trace, slots);
+    let peaks = (4..=4 * setup.max_replicas).map(|quarters| f64::from(quarters) / 4.0);
+    for peak in peaks {
+        let whole = |share: &f64| (peak * share).ceil() as u32;
+        let replicas = load.iter().map(whole);
+        let (min, max) = (setup.min_replicas, setup.max_replicas);
+        let replicas: Vec<u32> = replicas.map(|n| n.clamp(min, max)).collect();
+        if replicas.iter().sum::<u32>() >= search.best.iter().sum() || search.consider(replicas) {
+            break;
+        }
+    }
     search.descend();
     search.exchange(&mut Random::of(setup.seed, "oracle"));
 
@@ -147,6 +159,25 @@ pub fn search(setup: &Setup, trace: &Trace, runs: u32) -> Option<Oracle> {
             outcome,
         })
     })
+}
+
+/// For each slot the heaviest load of the next minutes, in which a replica that is made now serves;
+/// as a share of the heaviest of all.
+fn load_ahead(trace: &Trace, slots: usize) -> Vec<f64> {
+    /// What generating a token costs, in prompt tokens.
+    const OUTPUT: f64 = 3.0;
+    const AHEAD: usize = 4;
+    let mut load = vec![0.0; slots];
+    for request in &trace.requests {
+        if let Some(slot) = load.get_mut((request.arrival / SLOT) as usize) {
+            *slot += f64::from(request.prompt) + OUTPUT * f64::from(request.output);
+        }
+    }
+    let heaviest = load.iter().copied().fold(1.0, f64::max);
+    let ahead = |slot: usize| load.iter().skip(slot).take(AHEAD + 1).copied();
+    (0..slots)
+        .map(|slot| ahead(slot).fold(0.0, f64::max) / heaviest)
+        .collect()
 }
 
 /// Replicas that a constant fleet with these dials needs for load like that of the busier one of a

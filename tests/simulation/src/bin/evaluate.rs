@@ -43,7 +43,7 @@ struct Args {
     #[arg(long, default_value = "engine")]
     backend: String,
     /// Runs of the oracle's search; 0 leaves it out.
-    #[arg(long, default_value_t = 400)]
+    #[arg(long, default_value_t = 600)]
     oracle_runs: u32,
     /// Our budget, for the fleets beside ours.
     #[arg(long, default_value_t = 288)]

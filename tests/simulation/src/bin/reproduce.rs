@@ -23,7 +23,7 @@ struct Args {
     /// Print every setting's figures, not only the best one's.
     #[arg(long)]
     all: bool,
-    #[arg(long, default_value_t = 400)]
+    #[arg(long, default_value_t = 600)]
     oracle_runs: u32,
     /// engine, or lockstep: the scheduler that the study had (faster, too).
     #[arg(long, default_value = "lockstep")]

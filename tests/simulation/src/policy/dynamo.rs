@@ -58,7 +58,8 @@ impl Dynamo {
     }
 
     fn learn(&mut self, gauge: &Gauge) {
-        let Some((shape, seconds)) = gauge.last_step else {
+        // Iterations are told when they happen: an idle engine tells none.
+        let Some((shape, seconds)) = gauge.last_step.filter(|_| gauge.outstanding() > 0) else {
             return;
         };
         let place = (BUCKETS as f64 * gauge.kv_use()) as usize;

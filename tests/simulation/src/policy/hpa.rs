@@ -74,7 +74,7 @@ impl Policy for Hpa {
         } else {
             ceil(sum / self.target)
         };
-        if self.wanted.max() == 0.0 {
+        if self.wanted.is_empty() {
             // It begins with what it finds.
             self.wanted.push(view.now, f64::from(current));
         }

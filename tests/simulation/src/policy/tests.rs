@@ -112,6 +112,9 @@ fn hpa_goes_up_at_once_and_down_after_300_s() {
     assert_eq!(hpa.decide(&view(60.0, 12, 1, 0, 0)).replicas, 12);
     assert_eq!(hpa.decide(&view(330.0, 12, 1, 0, 0)).replicas, 12);
     assert_eq!(hpa.decide(&view(361.0, 12, 1, 0, 0)).replicas, 2);
+    let mut idle = Peer::HpaInflight.policy(10.0, DIALS);
+    let steps = follow(idle.as_mut(), 400.0, |_| (0, 0, 0));
+    assert_eq!((steps[19], steps[20]), (4, 0), "nothing to do for 300 s");
     let mut waiting = Peer::HpaWaiting.policy(5.0, DIALS);
     assert_eq!(waiting.decide(&view(0.0, 4, 32, 0, 0)).replicas, 4);
     assert_eq!(waiting.decide(&view(15.0, 4, 32, 10, 0)).replicas, 8);

@@ -24,6 +24,10 @@ impl Window {
         }
     }
 
+    pub fn is_empty(&self) -> bool {
+        self.values.is_empty()
+    }
+
     pub fn mean(&self) -> f64 {
         let sum: f64 = self.values.iter().map(|(_, value)| value).sum();
         sum / self.values.len().max(1) as f64
