@@ -17,7 +17,7 @@ const STEP: f64 = 0.01;
 const SECONDS: f64 = 600.0;
 const REPORT_EVERY: f64 = 0.5;
 /// Requests a second for the whole fleet: about 80 % of what it carries.
-const RATE: f64 = 13.0;
+const RATE: f64 = 7.0;
 
 #[derive(Clone)]
 struct Request {

@@ -69,6 +69,10 @@ pub struct Args {
     #[arg(long, env = "STOKER_METRICS_PORT", default_value_t = 9000)]
     pub metrics_port: u16,
 
+    /// Threads that serve connections [default: as many as there are CPUs]
+    #[arg(long, env = "STOKER_WORKERS", value_name = "N")]
+    pub workers: Option<usize>,
+
     /// Folder that keeps the last good table over a restart
     #[arg(long, env = "STOKER_STATE_DIR", value_name = "PATH")]
     pub state_dir: Option<PathBuf>,

@@ -121,19 +121,15 @@ impl StreamBody {
         }
         loop {
             let polled = match &mut self.connection {
-                Some(connection) => connection.poll_frame(&mut self.upstream, context),
+                Some(connection) => connection.poll_data(&mut self.upstream, context),
                 None => return Poll::Ready(None),
             };
-            let Poll::Ready(frame) = polled else {
+            let Poll::Ready(data) = polled else {
                 return self.poll_idle(context);
             };
             self.last_frame = clock::now();
-            match frame {
-                Some(Ok(frame)) => {
-                    // Trailers mean nothing to an HTTP/1 client of this API.
-                    let Ok(data) = frame.into_data() else {
-                        continue;
-                    };
+            match data {
+                Some(Ok(data)) => {
                     let data = match &mut self.events {
                         Some(events) => events.push(data),
                         None => Some(data),

@@ -42,7 +42,9 @@ struct Limits {
 
 #[derive(Debug)]
 struct Limit {
-    most: NonZeroU32,
+    per_minute: NonZeroU32,
+    /// That may be used at once.
+    burst: NonZeroU32,
     bucket: Bucket,
 }
 
@@ -50,6 +52,7 @@ struct Limit {
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Usage {
     limit: u32,
+    burst: u32,
     remaining: u32,
 }
 
@@ -84,8 +87,8 @@ impl Keys {
                 None => Arc::new(Limits {
                     configured,
                     routers,
-                    requests: Limit::new(configured[0], routers),
-                    tokens: Limit::new(configured[1], routers),
+                    requests: Limit::new(configured[0], routers, request_burst),
+                    tokens: Limit::new(configured[1], routers, |tokens| tokens),
                 }),
             };
             let mut hasher = DefaultHasher::new();
@@ -141,13 +144,25 @@ impl Key {
     }
 }
 
+/// Ten seconds' worth at once: a minute's worth would fill all replicas for others. Small
+/// limits allow a handful.
+fn request_burst(per_minute: NonZeroU32) -> NonZeroU32 {
+    let burst = (per_minute.get() / 6).max(per_minute.get().min(5));
+    NonZeroU32::new(burst).unwrap_or(per_minute)
+}
+
 impl Limit {
-    fn new(per_minute: Option<u32>, routers: u32) -> Option<Self> {
-        let share = per_minute?.div_ceil(routers.max(1));
-        let most = NonZeroU32::new(share)?;
-        let bucket = RateLimiter::direct(Quota::per_minute(most));
+    fn new(
+        per_minute: Option<u32>,
+        routers: u32,
+        burst: fn(NonZeroU32) -> NonZeroU32,
+    ) -> Option<Self> {
+        let per_minute = NonZeroU32::new(per_minute?.div_ceil(routers.max(1)))?;
+        let burst = burst(per_minute);
+        let bucket = RateLimiter::direct(Quota::per_minute(per_minute).allow_burst(burst));
         Some(Self {
-            most,
+            per_minute,
+            burst,
             bucket: bucket.with_middleware(),
         })
     }
@@ -158,8 +173,12 @@ impl Limit {
         amount: NonZeroU32,
         mut usages: Usages,
     ) -> Result<Usage, Box<Exceeded>> {
-        let limit = self.most.get();
-        let usage = |remaining| Usage { limit, remaining };
+        let (limit, burst) = (self.per_minute.get(), self.burst.get());
+        let usage = |remaining| Usage {
+            limit,
+            burst,
+            remaining,
+        };
         let retry_after = match self.bucket.check_n(amount) {
             Ok(Ok(snapshot)) => return Ok(usage(remaining(&snapshot))),
             Ok(Err(until)) => Some(until.wait_time_from(DefaultClock::default().now())),
@@ -200,7 +219,7 @@ impl Usages {
         ];
         for (usage, [limit, remaining, reset]) in [self.requests, self.tokens].iter().zip(NAMES) {
             let Some(usage) = usage else { continue };
-            let used = f64::from(usage.limit - usage.remaining.min(usage.limit));
+            let used = f64::from(usage.burst - usage.remaining.min(usage.burst));
             let seconds = used * 60.0 / f64::from(usage.limit);
             headers.insert(HeaderName::from_static(limit), usage.limit.into());
             headers.insert(HeaderName::from_static(remaining), usage.remaining.into());
@@ -255,6 +274,19 @@ mod tests {
         exceeded.usages.write(&mut headers);
         assert_eq!(headers["x-ratelimit-limit-requests"], "5");
         assert_eq!(headers["x-ratelimit-remaining-requests"], "0");
+    }
+
+    #[test]
+    fn a_minute_is_not_used_at_once() {
+        for (limit, burst) in [(1, 1), (5, 5), (12, 5), (60, 10), (6000, 1000)] {
+            let keys = Keys::new(&[entry("a", "one", [Some(limit), None])], 1, None);
+            let key = keys.find(&headers("Bearer one")).unwrap();
+            let passed = (0..limit).filter(|_| key.charge(1).is_ok()).count();
+            assert!(
+                passed >= burst && passed <= burst + burst / 50 + 1,
+                "{limit}: {passed}"
+            );
+        }
     }
 
     #[test]

@@ -36,3 +36,4 @@ pub mod table;
 pub mod tls;
 pub mod token;
 pub mod upstream;
+pub mod workers;

@@ -11,7 +11,7 @@ use hyper::server::conn::http1;
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
-use tokio::net::TcpListener;
+use tokio::net::{TcpListener, TcpStream};
 use tokio::time::Sleep;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
@@ -19,6 +19,7 @@ use tokio_util::task::TaskTracker;
 use crate::proxy;
 use crate::registry::Router;
 use crate::tls::Tls;
+use crate::workers::Workers;
 
 const MAX_HEAD: usize = 64 << 10;
 const HANDSHAKE: Duration = Duration::from_secs(10);
@@ -28,6 +29,7 @@ pub async fn listen(
     router: Arc<Router>,
     listener: TcpListener,
     tls: Option<Arc<Tls>>,
+    workers: Workers,
     connections: TaskTracker,
     stop: CancellationToken,
 ) {
@@ -50,12 +52,21 @@ pub async fn listen(
             tracing::warn!(%client, open, "too many connections: one was closed");
             continue;
         }
+        // From here on the connection belongs to the worker's own reactor.
+        let (Some(place), Ok(stream)) = (workers.place(), stream.into_std()) else {
+            continue;
+        };
         router.metrics.connections.inc();
         let router = Arc::clone(&router);
         let (tls, stop) = (tls.clone(), stop.clone());
-        connections.spawn(async move {
-            let gauge = router.metrics.connections.clone();
+        let runtime = place.runtime.clone();
+        let served = connections.track_future(async move {
+            let _place = place;
+            let _open = Open(router.metrics.connections.clone());
             let _ = stream.set_nodelay(true);
+            let Ok(stream) = TcpStream::from_std(stream) else {
+                return;
+            };
             match tls {
                 None => serve(router, stream, client, stop).await,
                 Some(tls) => {
@@ -65,8 +76,17 @@ pub async fn listen(
                     }
                 }
             }
-            gauge.dec();
         });
+        runtime.spawn(served);
+    }
+}
+
+/// Counts an open connection.
+struct Open(prometheus::IntGauge);
+
+impl Drop for Open {
+    fn drop(&mut self) {
+        self.0.dec();
     }
 }
 

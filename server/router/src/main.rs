@@ -12,7 +12,8 @@ fn main() -> anyhow::Result<()> {
         .with_writer(std::io::stderr)
         .with_env_filter(filter)
         .init();
-    let runtime = tokio::runtime::Builder::new_multi_thread()
+    // Accepts, control and probes; workers have runtimes of their own.
+    let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()?;
     runtime.block_on(stoker_router::run::run(Args::parse()))

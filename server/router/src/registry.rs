@@ -18,6 +18,9 @@ use crate::record::AccessLog;
 use crate::service::{Service, Settings};
 use crate::table::{ServiceEntry, Table, TableError};
 
+/// From so many routers on, one sees too little of the load to trust the order of all replicas
+/// (examples/routing-policies.rs measures it).
+const MANY_ROUTERS: u32 = 4;
 /// Wakes that a slow watcher may fall behind.
 const WAKES: usize = 256;
 
@@ -173,7 +176,7 @@ impl Router {
                 .api_keys
                 .as_ref()
                 .map(|keys| Keys::new(keys, routers, keys_before)),
-            policy: if routers > 1 {
+            policy: if routers >= MANY_ROUTERS {
                 Policy::TwoChoices
             } else {
                 Policy::Least

@@ -18,6 +18,7 @@ use crate::registry::Router;
 use crate::saved;
 use crate::tls::Tls;
 use crate::token::Gate;
+use crate::workers::Workers;
 
 /// Runs a router until SIGTERM or SIGINT, and then until what it has is done.
 ///
@@ -55,6 +56,8 @@ pub async fn run(args: Args) -> anyhow::Result<()> {
         api = %public.local_addr()?, control = %control_port.local_addr()?,
         metrics = %metrics.local_addr()?, "listening"
     );
+    let available = || std::thread::available_parallelism().map_or(1, usize::from);
+    let workers = Workers::start(args.workers.unwrap_or_else(available))?;
     let stop = CancellationToken::new();
     let connections = TaskTracker::new();
     if let (Some(certificate), Some(key)) = (args.tls_cert, args.tls_key) {
@@ -66,6 +69,7 @@ pub async fn run(args: Args) -> anyhow::Result<()> {
             Arc::clone(&router),
             listener,
             Some(tls),
+            workers.clone(),
             connections.clone(),
             stop.clone(),
         );
@@ -83,6 +87,7 @@ pub async fn run(args: Args) -> anyhow::Result<()> {
         Arc::clone(&router),
         public,
         None,
+        workers,
         connections.clone(),
         stop.clone(),
     ));

@@ -17,10 +17,16 @@ use parking_lot::Mutex;
 use thiserror::Error;
 use tokio::net::TcpStream;
 
-/// Kept open for later; more are closed.
+use crate::workers;
+
+/// Workers beyond this share.
+const SHELVES: usize = 16;
+/// Kept open for later by a worker; more are closed.
 const MAX_IDLE: usize = 256;
 /// Of each connection: some twenty events, and little for thousands of streams that wait.
 const READ_BUFFER: usize = 4096;
+/// Most bytes that are copied together into one piece.
+const GATHERED: usize = 16 << 10;
 const KEEP_ALIVE: Duration = Duration::from_secs(10);
 /// Unacknowledged data for this long means that the other side's machine is gone.
 const GONE_AFTER: Duration = Duration::from_secs(20);
@@ -50,6 +56,8 @@ pub struct Connection {
     sender: SendRequest<Full<Bytes>>,
     /// None once the replica has closed it.
     driver: Option<http1::Connection<TokioIo<TcpStream>, Full<Bytes>>>,
+    /// How the body ended, when that came together with its last piece.
+    end: Option<Option<hyper::Error>>,
     /// It served another request before.
     pub reused: bool,
 }
@@ -80,6 +88,7 @@ impl Connection {
         Ok(Self {
             sender,
             driver: Some(driver),
+            end: None,
             reused: false,
         })
     }
@@ -121,6 +130,52 @@ impl Connection {
         }
         drive(&mut self.driver, context);
         Pin::new(body).poll_frame(context)
+    }
+
+    /// All of a response's body that is here now: pieces that came together go on together.
+    pub fn poll_data(
+        &mut self,
+        body: &mut Incoming,
+        context: &mut Context<'_>,
+    ) -> Poll<Option<Result<Bytes, hyper::Error>>> {
+        if let Some(end) = self.end.take() {
+            return Poll::Ready(end.map(Err));
+        }
+        let mut first = Bytes::new();
+        let mut more = BytesMut::new();
+        while more.len() < GATHERED {
+            let end = match self.poll_frame(body, context) {
+                Poll::Ready(Some(Ok(frame))) => {
+                    // Trailers mean nothing to an HTTP/1 client of this API.
+                    let data = frame.into_data().unwrap_or_default();
+                    if first.is_empty() {
+                        first = data;
+                    } else {
+                        if more.is_empty() {
+                            more.reserve(READ_BUFFER);
+                            more.extend_from_slice(&first);
+                        }
+                        more.extend_from_slice(&data);
+                    }
+                    continue;
+                }
+                Poll::Pending if first.is_empty() => return Poll::Pending,
+                Poll::Pending => break,
+                Poll::Ready(Some(Err(error))) => Some(error),
+                Poll::Ready(None) => None,
+            };
+            if first.is_empty() {
+                return Poll::Ready(end.map(Err));
+            }
+            self.end = Some(end);
+            break;
+        }
+        let data = if more.is_empty() {
+            first
+        } else {
+            more.freeze()
+        };
+        Poll::Ready(Some(Ok(data)))
     }
 
     /// The next piece of a response's body.
@@ -166,11 +221,11 @@ fn drive(
     }
 }
 
-/// Idle connections to one replica.
+/// Idle connections to one replica, by the worker that opened them.
 #[derive(Debug)]
 pub struct Pool {
     address: SocketAddr,
-    idle: Mutex<Vec<Connection>>,
+    idle: [Mutex<Vec<Connection>>; SHELVES],
 }
 
 impl Pool {
@@ -178,8 +233,12 @@ impl Pool {
     pub fn new(address: SocketAddr) -> Self {
         Self {
             address,
-            idle: Mutex::default(),
+            idle: Default::default(),
         }
+    }
+
+    fn shelf(&self) -> &Mutex<Vec<Connection>> {
+        &self.idle[workers::index() % SHELVES]
     }
 
     /// An idle connection that still lives, else a new one.
@@ -188,7 +247,7 @@ impl Pool {
     /// When none can be opened in time.
     pub async fn get(&self, timeout: Duration) -> Result<Connection, SendError> {
         loop {
-            let idle = self.idle.lock().pop();
+            let idle = self.shelf().lock().pop();
             let Some(mut connection) = idle else {
                 return self.open(timeout).await;
             };
@@ -212,7 +271,7 @@ impl Pool {
             return;
         }
         connection.reused = true;
-        let mut idle = self.idle.lock();
+        let mut idle = self.shelf().lock();
         if idle.len() < MAX_IDLE {
             idle.push(connection);
         }
@@ -220,11 +279,15 @@ impl Pool {
 
     /// Drops connections that the replica closed.
     pub fn prune(&self) {
-        self.idle.lock().retain_mut(Connection::is_ready);
+        for shelf in &self.idle {
+            shelf.lock().retain_mut(Connection::is_ready);
+        }
     }
 
     /// Closes all idle connections.
     pub fn clear(&self) {
-        self.idle.lock().clear();
+        for shelf in &self.idle {
+            shelf.lock().clear();
+        }
     }
 }

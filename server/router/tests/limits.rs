@@ -18,6 +18,7 @@ use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 use stoker_router::listener::listen;
 use stoker_router::tls::Tls;
+use stoker_router::workers::Workers;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 
@@ -283,6 +284,7 @@ async fn tls_serves_with_whatever_certificate_is_there_now() {
         Arc::clone(&router.router),
         listener,
         Some(tls),
+        Workers::here(),
         router.connections.clone(),
         router.stop.clone(),
     ));

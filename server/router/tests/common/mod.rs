@@ -19,6 +19,7 @@ use stoker_router::listener::listen;
 use stoker_router::metrics::Metrics;
 use stoker_router::record::AccessLog;
 use stoker_router::registry::Router;
+use stoker_router::workers::Workers;
 use tokio::net::{TcpListener, TcpStream};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
@@ -79,6 +80,7 @@ impl TestRouter {
             router,
             public,
             None,
+            Workers::here(),
             this.connections.clone(),
             this.stop.clone(),
         ));
