@@ -24,14 +24,14 @@ struct Stub {
 
 type Shared = Arc<Mutex<Stub>>;
 
-async fn metrics_of(State(stub): State<Shared>) -> String {
-    let stub = stub.lock().unwrap();
-    if let Some(progress) = stub.loading {
+async fn metrics_of(State(stand_in): State<Shared>) -> String {
+    let stand_in = stand_in.lock().unwrap();
+    if let Some(progress) = stand_in.loading {
         return format!(
             "stoker:loading_progress_ratio {progress}\nstoker:loading_eta_seconds 30\n"
         );
     }
-    let (cap, budget) = stub.dials.unwrap_or((8, 512));
+    let (cap, budget) = stand_in.dials.unwrap_or((8, 512));
     METRICS
         .replace(
             "stoker:max_num_seqs{model_name=\"smollm2\",engine=\"0\"} 8",
@@ -43,20 +43,20 @@ async fn metrics_of(State(stub): State<Shared>) -> String {
         )
 }
 
-async fn take(State(stub): State<Shared>, Json(body): Json<Value>) {
-    let mut stub = stub.lock().unwrap();
-    stub.dials = body["max_num_seqs"]
+async fn take(State(stand_in): State<Shared>, Json(body): Json<Value>) {
+    let mut stand_in = stand_in.lock().unwrap();
+    stand_in.dials = body["max_num_seqs"]
         .as_u64()
         .zip(body["max_num_batched_tokens"].as_u64());
-    stub.pushes.push(body);
+    stand_in.pushes.push(body);
 }
 
 async fn replica() -> (Shared, Tools) {
-    let stub = Shared::default();
+    let stand_in = Shared::default();
     let router = Router::new()
         .route("/metrics", get(metrics_of))
         .route("/control/v1/limits", patch(take))
-        .with_state(Arc::clone(&stub));
+        .with_state(Arc::clone(&stand_in));
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let port = listener.local_addr().unwrap().port();
     tokio::spawn(async move { axum::serve(listener, router).await });
@@ -67,7 +67,7 @@ async fn replica() -> (Shared, Tools) {
         pusher: Pusher::new(port, signer).unwrap(),
         deletion_cost: DeletionCost::new(mock_client().0),
     };
-    (stub, tools)
+    (stand_in, tools)
 }
 
 fn service(initial: (u32, u32), status: Value) -> InferenceService {
@@ -108,7 +108,7 @@ fn fleet() -> Fleet {
 
 #[tokio::test]
 async fn a_replica_is_told_once_and_again_after_a_restart() {
-    let (stub, tools) = replica().await;
+    let (stand_in, tools) = replica().await;
     let service = service((16, 1024), json!({}));
     let mut worker = Worker::default();
     for _ in 0..3 {
@@ -117,21 +117,21 @@ async fn a_replica_is_told_once_and_again_after_a_restart() {
             .await;
     }
     {
-        let mut stub = stub.lock().unwrap();
-        assert_eq!(stub.pushes.len(), 1, "{:?}", stub.pushes);
-        assert_eq!(stub.pushes[0]["objectives"]["ttft_ms"], 2000.0);
+        let mut stand_in = stand_in.lock().unwrap();
+        assert_eq!(stand_in.pushes.len(), 1, "{:?}", stand_in.pushes);
+        assert_eq!(stand_in.pushes[0]["objectives"]["ttft_ms"], 2000.0);
         // The container starts anew: dials and objectives are those of its command line.
-        stub.dials = None;
+        stand_in.dials = None;
     }
     worker
         .tick(&service, vec![pod(true, 1)], 1, fleet(), &tools)
         .await;
-    assert_eq!(stub.lock().unwrap().pushes.len(), 2);
+    assert_eq!(stand_in.lock().unwrap().pushes.len(), 2);
 }
 
 #[tokio::test]
 async fn dials_never_exceed_what_the_replica_accepts() {
-    let (stub, tools) = replica().await;
+    let (stand_in, tools) = replica().await;
     // The replica's ceilings are 256 and 8192.
     let service = service((400, 16_000), json!({}));
     let mut worker = Worker::default();
@@ -140,20 +140,20 @@ async fn dials_never_exceed_what_the_replica_accepts() {
             .tick(&service, vec![pod(true, 0)], 1, fleet(), &tools)
             .await;
     }
-    let stub = stub.lock().unwrap();
+    let stand_in = stand_in.lock().unwrap();
     assert!(
-        stub.pushes.len() <= 1,
+        stand_in.pushes.len() <= 1,
         "a cut dial is no difference: {:?}",
-        stub.pushes
+        stand_in.pushes
     );
-    let (cap, budget) = stub.dials.unwrap();
+    let (cap, budget) = stand_in.dials.unwrap();
     assert!(cap <= 256 && budget <= 8192, "{cap} {budget}");
 }
 
 #[tokio::test]
 async fn a_restarted_operator_keeps_the_dials_of_the_status() {
-    let (stub, tools) = replica().await;
-    stub.lock().unwrap().dials = Some((20, 700));
+    let (stand_in, tools) = replica().await;
+    stand_in.lock().unwrap().dials = Some((20, 700));
     let status = json!({"desiredReplicas": 1, "dials": {"maxNumSeqs": 20, "maxNumBatchedTokens": 700},
         "conditions": [{"type": "ObjectivesMet", "status": "True", "reason": "ObjectivesMet",
             "message": "", "lastTransitionTime": "2026-01-01T00:00:00Z"}]});
@@ -162,16 +162,16 @@ async fn a_restarted_operator_keeps_the_dials_of_the_status() {
     let (_, outlook) = worker
         .tick(&service, vec![pod(true, 0)], 1, fleet(), &tools)
         .await;
-    let stub = stub.lock().unwrap();
-    assert_eq!(stub.dials, Some((20, 700)));
+    let stand_in = stand_in.lock().unwrap();
+    assert_eq!(stand_in.dials, Some((20, 700)));
     assert_eq!(outlook.dials.map(|d| d.max_num_seqs), Some(20));
     assert_eq!(outlook.objectives_met, Some(true));
 }
 
 #[tokio::test]
 async fn a_loading_replica_tells_how_far_it_is_and_gets_no_dials() {
-    let (stub, tools) = replica().await;
-    stub.lock().unwrap().loading = Some(0.42);
+    let (stand_in, tools) = replica().await;
+    stand_in.lock().unwrap().loading = Some(0.42);
     let service = service((16, 1024), json!({}));
     let mut worker = Worker::default();
     let (next, outlook) = worker
@@ -183,7 +183,7 @@ async fn a_loading_replica_tells_how_far_it_is_and_gets_no_dials() {
         (pod.loading_percent, pod.loading_eta_seconds),
         (Some(42), Some(30))
     );
-    assert!(stub.lock().unwrap().pushes.is_empty());
+    assert!(stand_in.lock().unwrap().pushes.is_empty());
 }
 
 #[tokio::test]

@@ -3,16 +3,16 @@
 use std::sync::Arc;
 use std::time::SystemTime;
 
-use axum::Json;
 use axum::body::Body;
 use axum::extract::State;
-use axum::response::{IntoResponse, Response};
+use axum::response::Response;
 use stoker_model::EncodeOptions;
 
+use super::answer::{AnswerShape, Endpoint, Head};
 use super::connection::Accepted;
-use super::events::{self, EventShape, Events};
-use super::generate::{self, Answering, Common, LARGE_BODY, Piece, Prepared};
-use crate::app::{App, Serving, unix_seconds};
+use super::events::{EventShape, Events};
+use super::generate::{self, Answering, Common, Piece, Prepared};
+use crate::app::{App, Serving};
 use crate::openai::chat::{
     AssistantMessage, ChatChoice, ChatChunk, ChatChunkChoice, ChatMessage, ChatRequest,
     ChatResponse, Delta,
@@ -37,24 +37,13 @@ pub async fn chat_completions(
     accepted: Accepted,
     body: Body,
 ) -> Result<Response, ApiError> {
-    let active = app.lifecycle.admit(accepted.at)?;
-    let body = super::read_body(body, app.max_body_bytes).await?;
-    let prepared = {
-        let app = app.clone();
-        generate::off_runtime(body.len() > LARGE_BODY, move || prepare(&app, &body)).await?
+    let endpoint = Endpoint {
+        id_prefix: "chatcmpl",
+        prompt_field: "messages",
+        prepare,
+        shape: Shape,
     };
-    let shape = Shape {
-        id: generate::new_id("chatcmpl"),
-        created: unix_seconds(),
-        model: app.model_name.clone(),
-        with_usage: prepared.include_usage,
-    };
-    let (stream, include_usage) = (prepared.stream, prepared.include_usage);
-    let answering = generate::start(app.serving()?, prepared, "messages", active).await?;
-    if stream {
-        return Ok(events::respond(answering, shape, include_usage));
-    }
-    Ok(Json(shape.collect(answering).await?).into_response())
+    endpoint.answer(app, accepted, body).await
 }
 
 fn prepare(app: &App, body: &[u8]) -> Result<Prepared, ApiError> {
@@ -117,15 +106,33 @@ fn prompt_ids(messages: Vec<ChatMessage>, serving: &Serving) -> Result<Vec<u32>,
         .map_err(|e| invalid(e.to_string()))
 }
 
-struct Shape {
-    id: Arc<str>,
-    created: u64,
-    model: Arc<str>,
-    /// Whether events name the usage, null until the last one.
-    with_usage: bool,
-}
+struct Shape(Head);
 
 impl Shape {
+    fn event(&self, choices: Vec<ChatChunkChoice>, usage: Option<Usage>) -> ChatChunk<'_> {
+        ChatChunk {
+            id: &self.0.id,
+            object: "chat.completion.chunk",
+            created: self.0.created,
+            model: &self.0.model,
+            choices,
+            usage: self.0.with_usage.then_some(usage),
+        }
+    }
+
+    fn choice(&self, index: usize, delta: Delta) -> ChatChunkChoice {
+        ChatChunkChoice {
+            index,
+            delta,
+            logprobs: None,
+            finish_reason: None,
+        }
+    }
+}
+
+impl AnswerShape for Shape {
+    type Whole = ChatResponse;
+
     async fn collect(self, mut answering: Answering) -> Result<ChatResponse, ApiError> {
         let mut content = String::new();
         let mut finish_reason = None;
@@ -137,10 +144,10 @@ impl Shape {
             }
         }
         Ok(ChatResponse {
-            id: self.id.to_string(),
+            id: self.0.id.to_string(),
             object: "chat.completion",
-            created: self.created,
-            model: self.model.to_string(),
+            created: self.0.created,
+            model: self.0.model.to_string(),
             choices: vec![ChatChoice {
                 index: 0,
                 message: AssistantMessage {
@@ -152,26 +159,6 @@ impl Shape {
             }],
             usage: answering.usage(),
         })
-    }
-
-    fn event(&self, choices: Vec<ChatChunkChoice>, usage: Option<Usage>) -> ChatChunk<'_> {
-        ChatChunk {
-            id: &self.id,
-            object: "chat.completion.chunk",
-            created: self.created,
-            model: &self.model,
-            choices,
-            usage: self.with_usage.then_some(usage),
-        }
-    }
-
-    fn choice(&self, index: usize, delta: Delta) -> ChatChunkChoice {
-        ChatChunkChoice {
-            index,
-            delta,
-            logprobs: None,
-            finish_reason: None,
-        }
     }
 }
 

@@ -2,16 +2,16 @@
 
 use std::sync::Arc;
 
-use axum::Json;
 use axum::body::Body;
 use axum::extract::State;
-use axum::response::{IntoResponse, Response};
+use axum::response::Response;
 use stoker_model::EncodeOptions;
 
+use super::answer::{AnswerShape, Endpoint, Head};
 use super::connection::Accepted;
-use super::events::{self, EventShape, Events};
-use super::generate::{self, Answering, Common, LARGE_BODY, Piece, Prepared};
-use crate::app::{App, Serving, unix_seconds};
+use super::events::{EventShape, Events};
+use super::generate::{self, Answering, Common, Piece, Prepared};
+use crate::app::{App, Serving};
 use crate::openai::completions::{
     CompletionChoice, CompletionChunk, CompletionRequest, CompletionResponse, Prompt,
 };
@@ -38,24 +38,13 @@ pub async fn completions(
     accepted: Accepted,
     body: Body,
 ) -> Result<Response, ApiError> {
-    let active = app.lifecycle.admit(accepted.at)?;
-    let body = super::read_body(body, app.max_body_bytes).await?;
-    let prepared = {
-        let app = app.clone();
-        generate::off_runtime(body.len() > LARGE_BODY, move || prepare(&app, &body)).await?
+    let endpoint = Endpoint {
+        id_prefix: "cmpl",
+        prompt_field: "prompt",
+        prepare,
+        shape: Shape,
     };
-    let shape = Shape {
-        id: generate::new_id("cmpl"),
-        created: unix_seconds(),
-        model: app.model_name.clone(),
-        with_usage: prepared.include_usage,
-    };
-    let (stream, include_usage) = (prepared.stream, prepared.include_usage);
-    let answering = generate::start(app.serving()?, prepared, "prompt", active).await?;
-    if stream {
-        return Ok(events::respond(answering, shape, include_usage));
-    }
-    Ok(Json(shape.collect(answering).await?).into_response())
+    endpoint.answer(app, accepted, body).await
 }
 
 fn prepare(app: &App, body: &[u8]) -> Result<Prepared, ApiError> {
@@ -129,15 +118,24 @@ fn encode(text: &str, serving: &Serving) -> Result<Vec<u32>, ApiError> {
         .map_err(|e| ApiError::invalid("prompt", e.to_string()))
 }
 
-struct Shape {
-    id: Arc<str>,
-    created: u64,
-    model: Arc<str>,
-    /// Whether events name the usage, null until the last one.
-    with_usage: bool,
-}
+struct Shape(Head);
 
 impl Shape {
+    fn event(&self, choices: Vec<CompletionChoice>, usage: Option<Usage>) -> CompletionChunk<'_> {
+        CompletionChunk {
+            id: &self.0.id,
+            object: "text_completion",
+            created: self.0.created,
+            model: &self.0.model,
+            choices,
+            usage: self.0.with_usage.then_some(usage),
+        }
+    }
+}
+
+impl AnswerShape for Shape {
+    type Whole = CompletionResponse;
+
     async fn collect(self, mut answering: Answering) -> Result<CompletionResponse, ApiError> {
         let mut choices: Vec<CompletionChoice> = (0..answering.choices())
             .map(|index| CompletionChoice {
@@ -156,24 +154,13 @@ impl Shape {
             }
         }
         Ok(CompletionResponse {
-            id: self.id.to_string(),
+            id: self.0.id.to_string(),
             object: "text_completion",
-            created: self.created,
-            model: self.model.to_string(),
+            created: self.0.created,
+            model: self.0.model.to_string(),
             choices,
             usage: answering.usage(),
         })
-    }
-
-    fn event(&self, choices: Vec<CompletionChoice>, usage: Option<Usage>) -> CompletionChunk<'_> {
-        CompletionChunk {
-            id: &self.id,
-            object: "text_completion",
-            created: self.created,
-            model: &self.model,
-            choices,
-            usage: self.with_usage.then_some(usage),
-        }
     }
 }
 

@@ -1,5 +1,6 @@
 //! The public port.
 
+mod answer;
 mod body;
 mod chat;
 mod completions;
