@@ -25,6 +25,10 @@ pub struct Failure {
 pub struct Answer {
     pub completion_tokens: u64,
     pub prompt_tokens: u64,
+    /// Until the first text; of a streamed answer only.
+    pub ttft: Option<Duration>,
+    /// Mean time a token after the first; of a streamed answer with more than one.
+    pub tpot: Option<Duration>,
 }
 
 /// What is told while an answer streams in.
@@ -142,7 +146,11 @@ impl Target {
         let usage = completion
             .usage
             .ok_or_else(|| failure("bad_response", "the answer has no usage".into()))?;
-        Ok(answer(&usage))
+        Ok(Answer {
+            completion_tokens: usage.completion_tokens,
+            prompt_tokens: usage.prompt_tokens,
+            ..Answer::default()
+        })
     }
 }
 
@@ -154,7 +162,7 @@ async fn read_events(
     let mut chunks = response.bytes_stream();
     let mut buffer: Vec<u8> = Vec::new();
     let mut last = sent;
-    let mut first = true;
+    let mut ttft = None;
     let mut usage = None;
     let mut done = false;
     while let Some(chunk) = chunks.next().await {
@@ -171,27 +179,28 @@ async fn read_events(
             }
             let completion = parse(data)?;
             if completion.choices.iter().any(|c| !c.text.is_empty()) {
-                listener.text(first, now - last);
-                first = false;
+                listener.text(ttft.is_none(), now - last);
+                ttft.get_or_insert(now - sent);
                 last = now;
             }
             usage = completion.usage.or(usage);
         }
     }
     match (done, usage) {
-        (true, Some(usage)) => Ok(answer(&usage)),
+        (true, Some(usage)) => Ok(Answer {
+            completion_tokens: usage.completion_tokens,
+            prompt_tokens: usage.prompt_tokens,
+            ttft,
+            tpot: ttft
+                .zip(u32::try_from(usage.completion_tokens.saturating_sub(1)).ok())
+                .filter(|(_, gaps)| *gaps > 0)
+                .map(|(ttft, gaps)| (last - sent - ttft) / gaps),
+        }),
         (true, None) => Err(failure("bad_response", "the stream has no usage".into())),
         (false, _) => Err(failure(
             "incomplete",
             "the stream ended without [DONE]".into(),
         )),
-    }
-}
-
-fn answer(usage: &Usage) -> Answer {
-    Answer {
-        completion_tokens: usage.completion_tokens,
-        prompt_tokens: usage.prompt_tokens,
     }
 }
 

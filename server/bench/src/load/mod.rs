@@ -1,6 +1,7 @@
 //! Load over HTTP, in a closed loop.
 
 mod client;
+mod goodput;
 mod recorder;
 mod report;
 mod schedule;
@@ -20,6 +21,7 @@ use tokio::task::JoinSet;
 
 use crate::prompts::{Mix, Prompts, token_ids};
 use client::Target;
+use goodput::Goodput;
 use recorder::{Measured, Recorder};
 use schedule::{Ramp, Shape, duration_of};
 
@@ -68,6 +70,10 @@ pub struct LoadArgs {
     #[arg(long, default_value_t = true, action = ArgAction::Set, value_name = "BOOL",
           default_missing_value = "true", num_args = 0..=1)]
     stream: bool,
+    /// Limits of a good answer in milliseconds, such as ttft:2000,tpot:100; the report and the
+    /// progress then tell the share of good ones
+    #[arg(long)]
+    goodput: Option<Goodput>,
     /// Time for a whole answer
     #[arg(long, default_value = "120s", value_parser = duration_of)]
     timeout: Duration,
@@ -113,6 +119,9 @@ pub fn run(args: LoadArgs) -> Result<bool> {
 }
 
 async fn load(args: LoadArgs) -> Result<bool> {
+    if args.goodput.is_some() && !args.stream {
+        bail!("--goodput needs streamed answers: leave out --stream false");
+    }
     let mix = args
         .prompt_mix
         .clone()
@@ -129,6 +138,7 @@ async fn load(args: LoadArgs) -> Result<bool> {
             token_ids: args.token_ids.clone(),
             seed: args.seed,
         },
+        goodput: args.goodput.clone(),
         numbers: Arc::new(AtomicU64::new(0)),
         progress: match &args.progress_jsonl {
             Some(path) => {
@@ -189,6 +199,7 @@ impl Plan {
 struct Bench {
     target: Target,
     prompts: Prompts,
+    goodput: Option<Goodput>,
     /// Numbers of prompts, so that no two requests of a run are alike.
     numbers: Arc<AtomicU64>,
     progress: Option<File>,
@@ -209,7 +220,7 @@ struct User {
 
 impl Bench {
     async fn run(&mut self, plan: Plan) -> Result<Measured> {
-        let recorder = Arc::new(Recorder::new());
+        let recorder = Arc::new(Recorder::new(self.goodput.clone()));
         let (active, receiver) = watch::channel(plan.concurrency(Duration::ZERO));
         let left = Arc::new(AtomicU64::new(match &plan {
             Plan::Fixed { requests, .. } => *requests,

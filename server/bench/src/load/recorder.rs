@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use serde::Serialize;
 
 use super::client::{Answer, Failure, FailureKind, Listener};
+use super::goodput::{Goodput, Tally};
 use crate::stats::quantile;
 
 /// Seconds over which the percentiles of a progress line reach.
@@ -26,6 +27,7 @@ struct State {
     latency: Vec<f64>,
     ttft: Samples,
     itl: Samples,
+    tally: Tally,
     last_line: Line,
 }
 
@@ -88,12 +90,17 @@ pub struct Progress {
     pub ttft_p95_ms: Option<f64>,
     pub itl_p50_ms: Option<f64>,
     pub itl_p95_ms: Option<f64>,
+    /// Share of the requests that ended in the last 10 seconds and met the limits of `--goodput`;
+    /// null without limits or when none ended.
+    pub good_percent: Option<f64>,
 }
 
 /// All that was measured.
 pub struct Measured {
     pub sent: u64,
     pub ok: u64,
+    /// Requests that met the limits of `--goodput`.
+    pub good: Option<u64>,
     pub failed: BTreeMap<FailureKind, u64>,
     pub examples: BTreeMap<FailureKind, String>,
     pub completion_tokens: u64,
@@ -106,6 +113,7 @@ pub struct Measured {
 
 pub struct Recorder {
     start: Instant,
+    goodput: Option<Goodput>,
     state: Mutex<State>,
 }
 
@@ -124,9 +132,10 @@ impl Listener for Recorder {
 }
 
 impl Recorder {
-    pub fn new() -> Self {
+    pub fn new(goodput: Option<Goodput>) -> Self {
         Self {
             start: Instant::now(),
+            goodput,
             state: Mutex::default(),
         }
     }
@@ -149,12 +158,18 @@ impl Recorder {
         state.completion_tokens += answer.completion_tokens;
         state.prompt_tokens += answer.prompt_tokens;
         state.latency.push(latency.as_secs_f64());
+        if let Some(limits) = &self.goodput {
+            state.tally.push(Instant::now(), limits.is_met_by(answer));
+        }
     }
 
     pub fn failed(&self, failure: Failure) {
         let mut state = self.state();
         *state.failed.entry(failure.kind.clone()).or_default() += 1;
         state.examples.entry(failure.kind).or_insert(failure.detail);
+        if self.goodput.is_some() {
+            state.tally.push(Instant::now(), false);
+        }
     }
 
     /// The figures of now; rates are since the call before.
@@ -166,6 +181,7 @@ impl Recorder {
         let seconds = (t - before.t).max(1e-3);
         let (ttft_p50_ms, ttft_p95_ms) = state.ttft.recent(now);
         let (itl_p50_ms, itl_p95_ms) = state.itl.recent(now);
+        let good_percent = state.tally.recent_percent(now);
         let failed = state.failed.values().sum();
         let rate = |count: u64| (count as f64 / seconds * 100.0).round() / 100.0;
         state.last_line = Line {
@@ -187,6 +203,7 @@ impl Recorder {
             ttft_p95_ms,
             itl_p50_ms,
             itl_p95_ms,
+            good_percent,
         }
     }
 
@@ -196,6 +213,7 @@ impl Recorder {
         Measured {
             sent: state.sent,
             ok: state.ok,
+            good: self.goodput.as_ref().map(|_| state.tally.good),
             failed: state.failed,
             examples: state.examples,
             completion_tokens: state.completion_tokens,

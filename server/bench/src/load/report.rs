@@ -25,6 +25,8 @@ pub struct LoadRun {
     pub concurrency: u32,
     pub requests: u64,
     pub ok: u64,
+    /// Those that met the limits of `--goodput`.
+    pub good: Option<u64>,
     pub failed: u64,
     /// The failed ones by kind.
     pub failures: BTreeMap<String, u64>,
@@ -53,6 +55,7 @@ impl LoadRun {
             concurrency,
             requests: measured.sent,
             ok: measured.ok,
+            good: measured.good,
             success_rate: if measured.sent == 0 {
                 1.0
             } else {
@@ -105,6 +108,9 @@ impl LoadReport {
                     run.requests.to_string(),
                     run.ok.to_string(),
                     format!("{:.2} %", 100.0 * run.success_rate),
+                    run.good.map_or("-".to_owned(), |good| {
+                        format!("{:.2} %", 100.0 * good as f64 / run.requests.max(1) as f64)
+                    }),
                     format!("{:.1}", run.seconds),
                     format!("{:.2}", run.req_s),
                     format!("{:.1}", run.tok_s),
@@ -119,6 +125,7 @@ impl LoadReport {
                 "requests",
                 "ok",
                 "success",
+                "good",
                 "seconds",
                 "req/s",
                 "tok/s",
