@@ -1,4 +1,4 @@
-# The images of Stoker: targets `operator` and `server`.
+# The images of Stoker: targets `operator`, `server` and `router`.
 #
 #   docker build --target server -t stoker/server:0.1.0 .
 #
@@ -11,10 +11,11 @@ ARG BINARIES=source
 FROM ${RUST_IMAGE} AS source
 WORKDIR /src
 COPY . .
-RUN cargo build --release --locked -p stoker-operator -p stoker-server \
+RUN cargo build --release --locked -p stoker-operator -p stoker-server -p stoker-router \
     && mkdir /out \
     && strip -o /out/stoker-operator target/release/stoker-operator \
-    && strip -o /out/stoker-server target/release/stoker-server
+    && strip -o /out/stoker-server target/release/stoker-server \
+    && strip -o /out/stoker-router target/release/stoker-router
 
 FROM scratch AS prebuilt
 COPY target/images/bin /out
@@ -26,6 +27,11 @@ FROM ${RUNTIME_IMAGE} AS operator
 COPY --from=binaries /out/stoker-operator /usr/local/bin/stoker-operator
 USER 65532:65532
 ENTRYPOINT ["/usr/local/bin/stoker-operator"]
+
+FROM ${RUNTIME_IMAGE} AS router
+COPY --from=binaries /out/stoker-router /usr/local/bin/stoker-router
+USER 65532:65532
+ENTRYPOINT ["/usr/local/bin/stoker-router"]
 
 FROM ${RUNTIME_IMAGE} AS server
 COPY --from=binaries /out/stoker-server /usr/local/bin/stoker-server

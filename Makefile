@@ -6,7 +6,7 @@ CLUSTER ?= local
 export CLUSTER
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench images model prerequisites cluster-build cluster-up cluster-down
+.PHONY: help demo test lint bench bench-router images model prerequisites cluster-build cluster-up cluster-down
 
 help: ## list the verbs
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -25,6 +25,9 @@ lint: ## check style: Rust, Go and shell
 
 bench: ## measure, and write the report
 	tests/bench.sh
+
+bench-router: ## measure the router beside nginx
+	tests/bench-router.sh
 
 images: prerequisites ## build the images and load them into the cluster
 	cargo build --release --workspace --bins

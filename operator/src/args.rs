@@ -13,6 +13,8 @@ pub struct Args {
 pub enum Command {
     /// Watch InferenceServices and run them.
     Run(Box<RunArgs>),
+    /// Lead Services straight to their pods: for an uninstallation.
+    Release(ReleaseArgs),
     /// Print the CustomResourceDefinitions as YAML.
     Crds,
 }
@@ -58,9 +60,34 @@ pub struct RunArgs {
     )]
     pub watch_namespaces: Vec<String>,
 
+    /// Labels of the routers' pods in the operator's namespace, such as app=router; without it
+    /// services have no router.
+    #[arg(long, env = "STOKER_ROUTER_SELECTOR", value_name = "SELECTOR")]
+    pub router_selector: Option<String>,
+
     /// Form of the log lines.
     #[arg(long, env = "STOKER_LOG_FORMAT", value_enum, default_value = "text")]
     pub log_format: LogFormat,
+}
+
+#[derive(Clone, Debug, clap::Args)]
+pub struct ReleaseArgs {
+    /// Namespace of the operator's lease.
+    #[arg(long, env = "POD_NAMESPACE", value_name = "NAME")]
+    pub namespace: String,
+
+    /// Name of this pod: the holder of the lease meanwhile.
+    #[arg(long, env = "POD_NAME", value_name = "NAME")]
+    pub pod_name: String,
+
+    /// Namespaces that were looked after; without it all.
+    #[arg(
+        long,
+        env = "STOKER_WATCH_NAMESPACES",
+        value_delimiter = ',',
+        value_name = "NAMES"
+    )]
+    pub watch_namespaces: Vec<String>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -92,20 +119,20 @@ impl PullPolicy {
 }
 
 impl RunArgs {
-    /// `None` for all namespaces. Blank items come from an empty environment variable.
     pub fn scopes(&self) -> Vec<Option<String>> {
-        let mut names: Vec<String> = self
-            .watch_namespaces
-            .iter()
-            .map(|n| n.trim().to_owned())
-            .collect();
-        names.retain(|name| !name.is_empty());
-        names.sort();
-        names.dedup();
-        match names.is_empty() {
-            true => vec![None],
-            false => names.into_iter().map(Some).collect(),
-        }
+        scopes(&self.watch_namespaces)
+    }
+}
+
+/// `None` for all namespaces. Blank items come from an empty environment variable.
+pub fn scopes(namespaces: &[String]) -> Vec<Option<String>> {
+    let mut names: Vec<String> = namespaces.iter().map(|n| n.trim().to_owned()).collect();
+    names.retain(|name| !name.is_empty());
+    names.sort();
+    names.dedup();
+    match names.is_empty() {
+        true => vec![None],
+        false => names.into_iter().map(Some).collect(),
     }
 }
 
@@ -117,7 +144,7 @@ mod tests {
         let base = ["stoker-operator", "run", "--pod-name=p", "--server-image=i"];
         match Args::parse_from(base.iter().chain(more)).command {
             Command::Run(args) => *args,
-            Command::Crds => panic!("not run"),
+            _ => panic!("not run"),
         }
     }
 

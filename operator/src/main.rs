@@ -6,7 +6,9 @@ mod controller;
 mod fence;
 mod lease;
 mod probes;
+mod release;
 mod resources;
+mod routing;
 mod run;
 mod scaling;
 mod scrape;
@@ -36,18 +38,27 @@ fn main() -> ExitCode {
         },
         Command::Run(args) => {
             start_log(args.log_format);
-            match run_operator(*args) {
-                Ok(()) => ExitCode::SUCCESS,
-                Err(error) => {
-                    // The whole chain; the last line of the log is what `kubectl describe` shows.
-                    tracing::error!("{error:#}");
-                    ExitCode::FAILURE
-                }
-            }
+            exit(run_async(run::run(*args)))
+        }
+        Command::Release(args) => {
+            start_log(LogFormat::Text);
+            exit(run_async(release::release(args)))
         }
     }
 }
-fn run_operator(args: args::RunArgs) -> anyhow::Result<()> {
+
+fn exit(result: anyhow::Result<()>) -> ExitCode {
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            // The whole chain; the last line of the log is what `kubectl describe` shows.
+            tracing::error!("{error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run_async(program: impl Future<Output = anyhow::Result<()>>) -> anyhow::Result<()> {
     // Two providers may be compiled in; rustls wants to be told which one to use.
     let provider = rustls::crypto::ring::default_provider();
     if provider.install_default().is_err() {
@@ -57,7 +68,7 @@ fn run_operator(args: args::RunArgs) -> anyhow::Result<()> {
         .enable_all()
         .build()
         .context("could not start the async runtime")?;
-    let result = runtime.block_on(run::run(args));
+    let result = runtime.block_on(program);
     // Whatever still runs has been fenced off.
     runtime.shutdown_background();
     result

@@ -1,15 +1,18 @@
 //! `stoker-operator run`: wires the parts together, leads, and leaves in order.
 
+use std::fmt::Debug;
 use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context as _, bail};
 use futures::stream::{self, BoxStream, StreamExt};
 use k8s_openapi::api::coordination::v1::Lease;
-use k8s_openapi::api::core::v1::{Pod, Secret};
+use k8s_openapi::api::core::v1::{Pod, Secret, Service};
 use kube::runtime::events::{Recorder, Reporter};
+use kube::runtime::reflector::Store;
 use kube::runtime::{WatchStreamExt, reflector, watcher};
 use kube::{Api, Client, Config, Resource, ResourceExt};
+use serde::de::DeserializeOwned;
 use stoker_api::names;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::mpsc;
@@ -24,12 +27,16 @@ use crate::fence;
 use crate::lease::{Elector, Leadership};
 use crate::probes;
 use crate::resources::Settings;
+use crate::routing::{self, Caller, Routing};
 use crate::scaling::{self, Board, Key, Tools};
 use crate::scrape::Fetcher;
 use crate::stores::{Guarded, Scope, Stores, WatchRetry};
 
 /// For running reconciles to end after SIGTERM.
 const LAST_RECONCILES: Duration = Duration::from_secs(10);
+/// For the first list of the routers' pods.
+const FIRST_LIST: Duration = Duration::from_secs(30);
+
 pub async fn run(args: RunArgs) -> anyhow::Result<()> {
     let stop = stop_on_signal()?;
     let metrics = probes::install_metrics()?;
@@ -87,10 +94,19 @@ async fn start(
 ) -> anyhow::Result<()> {
     let secrets: Api<Secret> = Api::namespaced(client.clone(), &args.namespace);
     let key = ControlKey::load_or_create(&secrets).await?;
+    let routing = match &args.router_selector {
+        Some(selector) => Some(watch_routers(&client, args, selector, tasks, stop).await?),
+        None => None,
+    };
+    let caller = Caller::new(
+        port(names::ROUTER_CONTROL_PORT)?,
+        Signer::new(&key, leadership.clone())?,
+    )?;
     let tools = Tools {
         fetcher: Fetcher::new(port(names::HTTP_PORT)?)?,
         pusher: Pusher::new(port(names::CONTROL_PORT)?, Signer::new(&key, leadership)?)?,
         deletion_cost: DeletionCost::new(client.clone()),
+        routing: routing.clone(),
     };
     let reporter = Reporter {
         controller: names::FIELD_MANAGER.to_owned(),
@@ -113,7 +129,8 @@ async fn start(
             image_pull_policy: args.image_pull_policy.as_str().to_owned(),
             control_public_pem: key.public_pem().to_owned(),
         },
-        Recorder::new(client, reporter),
+        Recorder::new(client.clone(), reporter),
+        routing.clone(),
     ));
 
     let mut routes = Vec::new();
@@ -151,12 +168,71 @@ async fn start(
         };
         stopped.run_until_cancelled(deliver).await;
     });
+    if let Some(routing) = routing {
+        let addresses = args.scopes().into_iter().map(|namespace| {
+            let api = controller::api::<Service>(&client, namespace.as_deref());
+            let labelled = watcher::Config::default().labels(names::SERVICE_LABEL);
+            cached(api, labelled, tasks, stop)
+        });
+        let addresses = addresses.collect();
+        let (stores, board) = (stores.clone(), Arc::clone(&board));
+        let stopped = stop.clone();
+        tasks.spawn(async move {
+            let routing = routing::run(routing, stores, addresses, board, Arc::new(caller));
+            stopped.run_until_cancelled(routing).await;
+        });
+    }
     let stopped = stop.clone();
     tasks.spawn(async move {
         let scaling = scaling::run(stores, board, Arc::new(tools));
         stopped.run_until_cancelled(scaling).await;
     });
     Ok(())
+}
+
+/// Returns once it is known which routers there are, so that services are not led to none.
+async fn watch_routers(
+    client: &Client,
+    args: &RunArgs,
+    selector: &str,
+    tasks: &mut JoinSet<()>,
+    stop: &CancellationToken,
+) -> anyhow::Result<Arc<Routing>> {
+    let api: Api<Pod> = Api::namespaced(client.clone(), &args.namespace);
+    let pods = cached(
+        api,
+        watcher::Config::default().labels(selector),
+        tasks,
+        stop,
+    );
+    let ready = pods.wait_until_ready();
+    tokio::time::timeout(FIRST_LIST, ready)
+        .await
+        .context("listing the routers' pods took too long")??;
+    Ok(Arc::new(Routing::new(pods)))
+}
+
+/// A cache that is kept up until `stop`.
+fn cached<K>(
+    api: Api<K>,
+    config: watcher::Config,
+    tasks: &mut JoinSet<()>,
+    stop: &CancellationToken,
+) -> Store<K>
+where
+    K: Resource<DynamicType = ()> + Clone + Debug + DeserializeOwned + Send + Sync + 'static,
+{
+    let (store, writer) = reflector::store::<K>();
+    let changes = watcher(api, config)
+        .modify(slim)
+        .backoff(WatchRetry::default())
+        .reflect(writer);
+    let stopped = stop.clone();
+    tasks.spawn(async move {
+        let kept = changes.for_each(|_| std::future::ready(()));
+        stopped.run_until_cancelled(kept).await;
+    });
+    store
 }
 
 struct Watched {

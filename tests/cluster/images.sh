@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Builds the images stoker/operator and stoker/server of the workspace's version
+# Builds the images stoker/operator, stoker/server and stoker/router of the workspace's version
 # from the binaries in target/release, and loads them into the local cluster.
 # With CLUSTER=existing it says how to push them instead.
-# Environment: RUNTIME_IMAGE, the base of both images; by default one is made of
+# Environment: RUNTIME_IMAGE, the base of all images; by default one is made of
 # Debian's packages, so that no registry is asked.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
@@ -79,7 +79,7 @@ if [ -z "$base" ]; then
     [ -d "$work/base" ] || unpack_base
     build "$base" --file - "$work/base" <<<$'FROM scratch\nCOPY . /'
     # A library that the base lacks would show only when a pod starts.
-    for name in stoker-operator stoker-server; do
+    for name in stoker-operator stoker-server stoker-router; do
         [ -x "$binaries/$name" ] || fail "$binaries/$name is missing: cargo build --release -p $name"
         ldd "$binaries/$name" 2>/dev/null | awk '/\.so/ {print $1}' | while read -r library; do
             [[ $library == linux-vdso* || -n $(find "$work/base" -name "$(basename "$library")" -print -quit) ]] ||
@@ -90,10 +90,10 @@ fi
 
 # --- the images ----------------------------------------------------------------
 mkdir -p "$work/bin"
-for name in stoker-operator stoker-server; do
+for name in stoker-operator stoker-server stoker-router; do
     strip -o "$work/bin/$name" "$binaries/$name"
 done
-for target in operator server; do
+for target in operator server router; do
     image=stoker/$target:$version
     archive=$work/$target.tar
     build "$image" --file Dockerfile --target "$target" \
@@ -117,6 +117,7 @@ if [ "${CLUSTER:-local}" != local ]; then
 To use them in your cluster, copy them to a registry that it pulls from, say REGISTRY:
   skopeo copy docker-archive:$work/operator.tar docker://REGISTRY/stoker/operator:$version
   skopeo copy docker-archive:$work/server.tar docker://REGISTRY/stoker/server:$version
+  skopeo copy docker-archive:$work/router.tar docker://REGISTRY/stoker/router:$version
 and name them in the chart's values.
 TEXT
 fi

@@ -28,6 +28,24 @@ app.kubernetes.io/part-of: stoker
 app.kubernetes.io/managed-by: {{ .Release.Service }}
 {{- end -}}
 
+{{/* Name of the routers' objects. */}}
+{{- define "stoker.routerName" -}}
+{{- include "stoker.fullname" . | trimSuffix "-operator" | trunc 56 | trimSuffix "-" }}-router
+{{- end -}}
+
+{{- define "stoker.routerSelectorLabels" -}}
+app.kubernetes.io/name: stoker-router
+app.kubernetes.io/instance: {{ .Release.Name }}
+{{- end -}}
+
+{{- define "stoker.routerLabels" -}}
+helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
+{{ include "stoker.routerSelectorLabels" . }}
+app.kubernetes.io/version: {{ .Chart.AppVersion | quote }}
+app.kubernetes.io/part-of: stoker
+app.kubernetes.io/managed-by: {{ .Release.Service }}
+{{- end -}}
+
 {{/* Call with (dict "root" $ "repository" "stoker/operator"). */}}
 {{- define "stoker.image" -}}
 {{- $image := .root.Values.image -}}
@@ -53,6 +71,19 @@ app.kubernetes.io/managed-by: {{ .Release.Service }}
 - apiGroups: [policy]
   resources: [poddisruptionbudgets]
   verbs: [get, list, watch, create, patch]
+# Where a Service leads. What Kubernetes made of its selector is removed when the router takes over.
+- apiGroups: [discovery.k8s.io]
+  resources: [endpointslices]
+  verbs: [get, list, watch, create, patch, delete]
+- apiGroups: [""]
+  resources: [endpoints]
+  verbs: [get, delete]
+{{- if and .Values.router.enabled .Values.router.apiKeys }}
+# Keys of spec.access.apiKeySecret.
+- apiGroups: [""]
+  resources: [secrets]
+  verbs: [get]
+{{- end }}
 # Pods: read to see how they do; patched to say which one a scale-down should take.
 - apiGroups: [""]
   resources: [pods]

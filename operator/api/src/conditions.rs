@@ -31,6 +31,7 @@ pub mod reasons {
     pub const INVALID_SPEC: &str = "InvalidSpec";
     pub const NAME_TAKEN: &str = "NameTaken";
     pub const APPLY_FAILED: &str = "ApplyFailed";
+    pub const API_KEYS_UNREADABLE: &str = "ApiKeysUnreadable";
 
     // What keeps a pod from answering
     pub const IMAGE_PULL_FAILED: &str = "ImagePullFailed";

@@ -10,6 +10,7 @@
 mod crd;
 mod embed;
 
+pub mod access;
 pub mod conditions;
 pub mod engine;
 pub mod names;
@@ -18,6 +19,7 @@ pub mod scaling;
 pub mod spec;
 pub mod status;
 
+pub use access::{Access, KeyLimits};
 pub use crd::{crd, crd_yaml};
 pub use engine::{Device, Engine, MaxNumBatchedTokens, MaxNumSeqs, SimulatedProfile};
 pub use pod::PodSettings;

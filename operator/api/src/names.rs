@@ -32,6 +32,8 @@ pub const MODEL_MOUNT_PATH: &str = "/var/lib/stoker/model";
 pub const CONTROL_KEY_SECRET: &str = "stoker-control-key";
 pub const PRIVATE_KEY: &str = "private.pem";
 pub const PUBLIC_KEY: &str = "public.pem";
+/// Port of a router that the operator talks to.
+pub const ROUTER_CONTROL_PORT: i32 = 9001;
 /// Lease that the leading operator holds.
 pub const LEASE: &str = "stoker-operator";
 
@@ -42,4 +44,9 @@ pub const MAX_NAME_LENGTH: usize = 45;
 /// Name of the ConfigMap that carries the operator's public key to a service's pods.
 pub fn control_config_map(service: &str) -> String {
     format!("{service}-control")
+}
+
+/// Name of the EndpointSlice that leads a Service to the routers.
+pub fn router_endpoint_slice(service: &str) -> String {
+    format!("{service}-router")
 }

@@ -90,10 +90,15 @@ pub struct Scaling {
     #[serde(default)]
     pub mode: ScalingMode,
 
-    /// Fewest replicas in mode Auto.
+    /// Fewest replicas in mode Auto. With 0 a service that nobody uses sleeps: the router holds the next request while a replica starts.
     #[serde(default = "min_replicas")]
-    #[schemars(range(min = 1, max = 1000))]
+    #[schemars(range(min = 0, max = 1000))]
     pub min_replicas: i32,
+
+    /// With minReplicas 0: how long no request must have come before the last replica goes.
+    #[serde(default = "idle_seconds")]
+    #[schemars(range(min = 10, max = 86_400))]
+    pub idle_seconds: i32,
 
     /// Most replicas in mode Auto; when more are needed, the dials carry on alone.
     #[serde(default = "max_replicas")]
@@ -156,6 +161,10 @@ fn min_replicas() -> i32 {
     1
 }
 
+fn idle_seconds() -> i32 {
+    600
+}
+
 fn max_replicas() -> i32 {
     4
 }
@@ -206,6 +215,7 @@ impl Default for Scaling {
         Scaling {
             mode: ScalingMode::default(),
             min_replicas: min_replicas(),
+            idle_seconds: idle_seconds(),
             max_replicas: max_replicas(),
             scale_down_stabilization_seconds: scale_down_stabilization_seconds(),
         }

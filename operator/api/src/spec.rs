@@ -6,6 +6,7 @@ use k8s_openapi::apimachinery::pkg::api::resource::Quantity;
 use kube::{CustomResource, KubeSchema};
 use serde::{Deserialize, Serialize};
 
+use crate::access::Access;
 use crate::embed;
 use crate::engine::Engine;
 use crate::pod::PodSettings;
@@ -142,6 +143,10 @@ pub struct InferenceServiceSpec {
     /// How the number of replicas is decided.
     #[serde(default)]
     pub scaling: Scaling,
+
+    /// Who may use the service; left out, everyone who reaches it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub access: Option<Access>,
 
     /// Replicas in scaling.mode Manual; `kubectl scale` sets it. In mode Auto it stays at 1 and isn't read.
     #[serde(default = "one")]

@@ -45,6 +45,8 @@ pub enum ReasonCode {
     WaitingForAccelerator,
     /// Only the dials moved.
     DialsMoved,
+    /// Nobody asks: no replica runs.
+    ScaledToZero,
 }
 
 /// Fleet load over the last window.

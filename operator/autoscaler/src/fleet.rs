@@ -3,7 +3,7 @@
 
 use std::collections::{BTreeMap, VecDeque};
 
-use crate::observation::{Counters, Histogram, Observation, Phase, Replica, Sample};
+use crate::observation::{Counters, Histogram, Observation, Phase, Queue, Replica, Sample};
 
 /// Seconds after which a sample is as good as lost.
 const STALE: f64 = 10.0;
@@ -22,11 +22,16 @@ pub(crate) struct Census<'a> {
     pub silent: u32,
     pub starting: u32,
     pub unschedulable: u32,
+    /// What waits in front of them.
+    pub queue: Queue,
 }
 
 impl<'a> Census<'a> {
     pub fn new(observation: &'a Observation, now: f64) -> Self {
-        let mut census = Census::default();
+        let mut census = Census {
+            queue: observation.queue.unwrap_or_default(),
+            ..Census::default()
+        };
         for replica in &observation.replicas {
             match replica.phase {
                 Phase::Unschedulable => census.unschedulable += 1,
@@ -55,13 +60,15 @@ impl<'a> Census<'a> {
     }
 
     pub fn waiting(&self) -> u32 {
-        (self.sampled.iter()).fold(0, |sum, (_, sample)| sum.saturating_add(sample.waiting))
+        (self.sampled.iter()).fold(self.queue.requests, |sum, (_, sample)| {
+            sum.saturating_add(sample.waiting)
+        })
     }
 
     pub fn waiting_prompt_tokens(&self) -> f64 {
-        (self.sampled.iter())
-            .map(|(_, sample)| sample.waiting_prompt_tokens as f64)
-            .sum()
+        let at_replicas =
+            (self.sampled.iter()).map(|(_, sample)| sample.waiting_prompt_tokens as f64);
+        at_replicas.sum::<f64>() + self.queue.prompt_tokens as f64
     }
 }
 
@@ -305,6 +312,7 @@ mod tests {
 
     fn feed(tracks: &mut Tracks, now: f64, replicas: Vec<Replica>) {
         let observation = Observation {
+            queue: None,
             now,
             desired_replicas: 1,
             replicas,
@@ -388,6 +396,7 @@ mod tests {
         let mut nonsense = replica("n", 100.0, f64::NAN);
         nonsense.ready_seconds = 1.0;
         let observation = Observation {
+            queue: None,
             now: 100.0,
             desired_replicas: 3,
             replicas: vec![

@@ -9,6 +9,7 @@
 //! | `dials` | the model | the dials to use |
 //! | `tune` | all of these | dials for the fleet and for unlike replicas |
 //! | `replicas` | demand, capacity | how many replicas |
+//! | `sleep` | the router's queue | zero replicas and back |
 //! | `reason` | all of it | a sentence |
 
 pub mod decision;
@@ -23,13 +24,14 @@ mod laws;
 mod model;
 mod reason;
 mod replicas;
+mod sleep;
 mod tune;
 
 pub use decision::{Decision, Load, Reason, ReasonCode};
 pub use memory::Memory;
 pub use observation::{
-    Counters, DialRange, Dials, Histogram, ItlOf, Limits, Objectives, Observation, Phase, Replica,
-    Sample,
+    Counters, DialRange, Dials, Histogram, ItlOf, Limits, Objectives, Observation, Phase, Queue,
+    Replica, Sample,
 };
 
 use demand::Demand;
@@ -99,8 +101,10 @@ pub fn decide(
 
     // 4. Replicas from demand.
     let heard = !scene.census.sampled.is_empty();
-    let (replicas, reason) = match scene.demand.as_ref().filter(|_| heard) {
-        Some(demand) => {
+    let asleep = sleep::plan(&scene, observation.queue, current);
+    let (replicas, reason) = match (asleep, scene.demand.as_ref().filter(|_| heard)) {
+        (Some(plan), _) => plan,
+        (None, Some(demand)) => {
             let need = replicas::need(
                 demand,
                 tuned.capacity,
@@ -115,7 +119,7 @@ pub fn decide(
             facts.need = need;
             (plan.replicas(), facts.of(plan, demand))
         }
-        None => {
+        (None, None) => {
             memory.misses.shortage_at = now;
             (current, facts.no_data())
         }

@@ -400,6 +400,7 @@ mod tests {
         };
         let limits = Limits {
             min_replicas: 1,
+            idle_seconds: 0.0,
             max_replicas: 4,
             max_num_seqs: range(1024),
             max_num_batched_tokens: range(8192),

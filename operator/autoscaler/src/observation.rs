@@ -18,6 +18,22 @@ pub struct Observation {
     /// Replicas that the Deployment is asked for at present.
     pub desired_replicas: u32,
     pub replicas: Vec<Replica>,
+    /// What waits in front of the replicas; `None` where no router tells.
+    #[serde(default)]
+    pub queue: Option<Queue>,
+}
+
+/// Requests that a router holds until a replica has room for them.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Queue {
+    pub requests: u32,
+    pub prompt_tokens: u64,
+    /// Of the request that has waited longest.
+    pub oldest_age_seconds: f64,
+    /// Requests at replicas, by the router's count.
+    pub outstanding_requests: u32,
+    /// Since the last request came.
+    pub idle_seconds: f64,
 }
 
 /// One pod.
@@ -129,4 +145,7 @@ pub struct Limits {
     pub max_num_seqs: DialRange,
     pub max_num_batched_tokens: DialRange,
     pub scale_down_stabilization_seconds: f64,
+    /// With `min_replicas` 0: seconds without a request after which the last replica goes.
+    #[serde(default)]
+    pub idle_seconds: f64,
 }

@@ -18,7 +18,8 @@ const COST: &str = "-1000";
 pub struct Candidate {
     pub uid: String,
     pub name: String,
-    pub marked: bool,
+    /// Seconds since it was marked, and with that out of the router's rotation; `None`: it isn't.
+    pub marked_seconds: Option<u64>,
     /// Requests that it runs or holds waiting; `None` when its last scrape failed.
     pub requests: Option<u32>,
     pub ready_seconds: u64,
@@ -27,7 +28,9 @@ pub struct Candidate {
 /// The pod to go: one that is already marked, else the one with the fewest requests, and among
 /// equals the youngest. A pod whose load is unknown comes last.
 pub fn choose_victim(candidates: &[Candidate]) -> Option<&Candidate> {
-    let marked = candidates.iter().find(|candidate| candidate.marked);
+    let marked = candidates
+        .iter()
+        .find(|candidate| candidate.marked_seconds.is_some());
     marked.or_else(|| {
         candidates.iter().min_by_key(|candidate| {
             (
@@ -83,11 +86,16 @@ mod tests {
     use super::*;
     use crate::testing::{answer, body_of, mock_client};
 
-    fn candidate(uid: &str, marked: bool, requests: Option<u32>, ready_seconds: u64) -> Candidate {
+    fn candidate(
+        uid: &str,
+        marked_seconds: Option<u64>,
+        requests: Option<u32>,
+        ready_seconds: u64,
+    ) -> Candidate {
         Candidate {
             uid: uid.to_owned(),
             name: format!("pod-{uid}"),
-            marked,
+            marked_seconds,
             requests,
             ready_seconds,
         }
@@ -96,13 +104,13 @@ mod tests {
     #[test]
     fn the_idlest_goes_and_a_mark_is_kept() {
         let mut pods = vec![
-            candidate("a", false, Some(4), 10),
-            candidate("b", false, Some(1), 900),
-            candidate("c", false, Some(1), 30),
-            candidate("d", false, None, 5),
+            candidate("a", None, Some(4), 10),
+            candidate("b", None, Some(1), 900),
+            candidate("c", None, Some(1), 30),
+            candidate("d", None, None, 5),
         ];
         assert_eq!(choose_victim(&pods).unwrap().uid, "c");
-        pods[0].marked = true;
+        pods[0].marked_seconds = Some(3);
         assert_eq!(choose_victim(&pods).unwrap().uid, "a");
         assert_eq!(choose_victim(&[]), None);
     }

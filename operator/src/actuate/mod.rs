@@ -8,4 +8,4 @@ mod token;
 pub use deletion_cost::{Candidate, DeletionCost, choose_victim};
 pub use key::{ControlKey, KeyError};
 pub use limits::{Pushed, Pusher, WireObjectives};
-pub use token::Signer;
+pub use token::{Signer, TokenError};

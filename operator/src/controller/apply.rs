@@ -20,7 +20,7 @@ use tracing::warn;
 
 use super::read::Observed;
 use super::validate::Problem;
-use super::{Context, lock};
+use super::{Context, endpoints, lock};
 use crate::fence::CallError;
 use crate::resources::Owned;
 
@@ -33,6 +33,14 @@ pub struct ApplyError {
 }
 
 impl ApplyError {
+    pub fn new(kind: &str, object: &impl ResourceExt, source: CallError) -> Self {
+        ApplyError {
+            kind: kind.to_owned(),
+            name: object.name_any(),
+            source,
+        }
+    }
+
     /// What to tell the object's owner: a refusal that trying again doesn't cure. A conflict, an
     /// overloaded or absent API server and a namespace on its way out pass by themselves.
     pub fn problem(&self) -> Option<Problem> {
@@ -104,7 +112,7 @@ pub async fn apply(
         deployment,
         ..
     } = observed;
-    let (a, b, c, d) = join!(
+    let (a, b, c, d, e) = join!(
         one(
             context,
             uid,
@@ -113,6 +121,7 @@ pub async fn apply(
         ),
         one(context, uid, &owned.config_map, config_map.as_ref()),
         one(context, uid, &owned.service, service.as_ref()),
+        endpoints::lead(context, uid, owned, observed),
         one(
             context,
             uid,
@@ -124,14 +133,21 @@ pub async fn apply(
         .map(drop)
         .and(b.map(drop))
         .and(c.map(drop))
-        .and(d.map(drop));
+        .and(d)
+        .and(e.map(drop));
     match one(context, uid, &owned.deployment, deployment.as_ref()).await {
         Ok(deployment) => (Some(deployment), others),
         Err(error) => (None, others.and(Err(error))),
     }
 }
 
-async fn one<K>(context: &Context, uid: &str, wanted: &K, live: Option<&K>) -> Result<K, ApplyError>
+/// Applies one object, unless it stands as it was applied before.
+pub async fn one<K>(
+    context: &Context,
+    uid: &str,
+    wanted: &K,
+    live: Option<&K>,
+) -> Result<K, ApplyError>
 where
     K: Resource<Scope = NamespaceResourceScope, DynamicType = ()>
         + Clone

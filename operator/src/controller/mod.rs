@@ -2,6 +2,7 @@
 
 mod apply;
 mod diagnosis;
+mod endpoints;
 mod events;
 mod read;
 mod status;
@@ -15,6 +16,7 @@ use std::time::{Duration, Instant};
 use futures::StreamExt;
 use k8s_openapi::api::apps::v1::Deployment;
 use k8s_openapi::api::core::v1::{ConfigMap, Pod, Service, ServiceAccount};
+use k8s_openapi::api::discovery::v1::EndpointSlice;
 use k8s_openapi::api::policy::v1::PodDisruptionBudget;
 use kube::core::NamespaceResourceScope;
 use kube::runtime::controller::{Action, Config, Controller};
@@ -28,13 +30,15 @@ use stoker_api::{InferenceService, names};
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, warn};
 
-use crate::fence::chain;
+use crate::fence::{CallError, chain};
 use crate::resources::{self, Blueprint, Settings};
+use crate::routing::{self, Routing};
 use crate::scaling::{Board, Key};
 use crate::stores::{Guarded, Scope, Stores, WatchRetry};
 use apply::{AppliedBefore, ApplyError};
 use read::ReadError;
 use status::Facts;
+pub use validate::Problem;
 use validate::Refusal;
 use write::{StatusError, Statuses, Written};
 
@@ -70,6 +74,9 @@ pub struct Context {
     pub board: Arc<Board>,
     pub settings: Settings,
     pub recorder: Recorder,
+    /// `None`: this installation has no routers.
+    pub routing: Option<Arc<Routing>>,
+    led: endpoints::Led,
     statuses: Statuses,
     applied: AppliedBefore,
     /// What was said of objects that can't be read, by uid.
@@ -82,6 +89,8 @@ pub struct Context {
 pub enum ReconcileError {
     #[error(transparent)]
     Read(#[from] ReadError),
+    #[error("could not read the Secret of access.apiKeySecret: {0}")]
+    Keys(CallError),
     #[error(transparent)]
     Apply(#[from] ApplyError),
     #[error(transparent)]
@@ -91,7 +100,7 @@ pub enum ReconcileError {
 impl ReconcileError {
     fn step(&self) -> &'static str {
         match self {
-            ReconcileError::Read(_) => "read",
+            ReconcileError::Read(_) | ReconcileError::Keys(_) => "read",
             ReconcileError::Apply(_) => "apply",
             ReconcileError::Status(_) => "status",
         }
@@ -105,6 +114,7 @@ impl Context {
         board: Arc<Board>,
         settings: Settings,
         recorder: Recorder,
+        routing: Option<Arc<Routing>>,
     ) -> Self {
         Context {
             client,
@@ -112,6 +122,8 @@ impl Context {
             board,
             settings,
             recorder,
+            routing,
+            led: endpoints::Led::default(),
             statuses: Statuses::default(),
             applied: AppliedBefore::default(),
             unreadable: Mutex::default(),
@@ -129,6 +141,10 @@ impl Context {
             .collect();
         statuses.retain(|uid, _| alive.contains(uid));
         lock(&self.applied).retain(|(uid, _), _| alive.contains(uid));
+        lock(&self.led).retain(|uid| alive.contains(uid));
+        if let Some(routing) = &self.routing {
+            routing.keyring.retain(&alive);
+        }
     }
 }
 
@@ -153,6 +169,7 @@ pub async fn run(
         )
         .owns_stream(owned::<Deployment>(client, namespace))
         .owns_stream(owned::<Service>(client, namespace))
+        .owns_stream(owned::<EndpointSlice>(client, namespace))
         .owns_stream(owned::<ConfigMap>(client, namespace))
         .owns_stream(owned::<PodDisruptionBudget>(client, namespace))
         .owns_stream(owned::<ServiceAccount>(client, namespace))
@@ -239,7 +256,7 @@ async fn reconcile_service(
     let desired = context.board.desired(service, observed.deployment.as_ref());
 
     // 2. Validate what no single object can state.
-    let source = match validate::validate(service, &observed) {
+    let source = match validate::validate(service, &observed, context.routing.is_some()) {
         Ok(source) => source,
         Err(Refusal::NotYet(message)) => {
             debug!(name = service.name_any(), message, "waiting");
@@ -252,7 +269,10 @@ async fn reconcile_service(
         }
     };
 
-    // 3. Build what there should be.
+    // 3. Pass on who may use the service.
+    let locked = keys(service, context).await.map_err(ReconcileError::Keys)?;
+
+    // 4. Build what there should be.
     let name = service.name_any();
     let namespace = service.namespace().unwrap_or_default();
     let uid = service.uid().unwrap_or_default();
@@ -264,13 +284,14 @@ async fn reconcile_service(
         source,
         settings: &context.settings,
         replicas: desired,
+        routers: endpoints::routers(context, &observed),
     });
 
-    // 4. Record the wanted replicas before they are applied: an operator that dies in between is
+    // 5. Record the wanted replicas before they are applied: an operator that dies in between is
     //    followed by one that asks for the same.
     write::desired(context, service, desired).await?;
 
-    // 5. Apply.
+    // 6. Apply.
     let key = Key { namespace, name };
     let (deployment, result) = apply::apply(context, &uid, &owned, &observed).await;
     let mut facts = Facts::new(service, &observed, context, desired);
@@ -285,12 +306,33 @@ async fn reconcile_service(
         return Err(error.into());
     }
 
-    // 6. Status from what was applied and seen.
+    // 7. Status from what was applied and seen.
+    if let Some(problem) = locked {
+        facts = facts.with(problem);
+    }
     let settled = write::status(context, service, &facts).await?;
     Ok(Action::requeue(match settled {
         true => RESYNC,
         false => RESYNC_UNSETTLED,
     }))
+}
+
+/// Hands the service's API keys to the routers. Without the Secret nobody may use it.
+async fn keys(service: &InferenceService, context: &Context) -> Result<Option<Problem>, CallError> {
+    let Some(routing) = &context.routing else {
+        return Ok(None);
+    };
+    let uid = service.uid().unwrap_or_default();
+    match routing::read_keys(&context.client, service).await? {
+        Ok(keys) => {
+            routing.keyring.set(uid, keys);
+            Ok(None)
+        }
+        Err(problem) => {
+            routing.keyring.set(uid, Some(Vec::new()));
+            Ok(Some(problem))
+        }
+    }
 }
 
 /// An object that was stored under another schema. It keeps what it has; only its condition says

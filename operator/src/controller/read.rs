@@ -6,6 +6,7 @@ use std::sync::Arc;
 use futures::try_join;
 use k8s_openapi::api::apps::v1::Deployment;
 use k8s_openapi::api::core::v1::{ConfigMap, PersistentVolumeClaim, Pod, Service, ServiceAccount};
+use k8s_openapi::api::discovery::v1::EndpointSlice;
 use k8s_openapi::api::policy::v1::PodDisruptionBudget;
 use kube::core::NamespaceResourceScope;
 use kube::{Api, Client, Resource, ResourceExt};
@@ -30,6 +31,8 @@ pub struct Observed {
     pub service_account: Option<ServiceAccount>,
     pub config_map: Option<ConfigMap>,
     pub service: Option<Service>,
+    /// The slice that leads to the routers.
+    pub endpoint_slice: Option<EndpointSlice>,
     pub disruption_budget: Option<PodDisruptionBudget>,
     pub deployment: Option<Deployment>,
     pub claim: Claim,
@@ -57,10 +60,20 @@ pub async fn read(service: &InferenceService, context: &Context) -> Result<Obser
         Ok(Some(ModelSource::Claim { claim, .. })) => Some(claim),
         _ => None,
     };
-    let (service_account, config_map, service, disruption_budget, deployment, claim) = try_join!(
+    let slice = names::router_endpoint_slice(&name);
+    let (
+        service_account,
+        config_map,
+        service,
+        endpoint_slice,
+        disruption_budget,
+        deployment,
+        claim,
+    ) = try_join!(
         get::<ServiceAccount>(client, &namespace, &name),
         get::<ConfigMap>(client, &namespace, &config_map),
         get::<Service>(client, &namespace, &name),
+        get::<EndpointSlice>(client, &namespace, &slice),
         get::<PodDisruptionBudget>(client, &namespace, &name),
         get::<Deployment>(client, &namespace, &name),
         read_claim(client, &namespace, claim),
@@ -69,6 +82,7 @@ pub async fn read(service: &InferenceService, context: &Context) -> Result<Obser
         service_account,
         config_map,
         service,
+        endpoint_slice,
         disruption_budget,
         deployment,
         claim,

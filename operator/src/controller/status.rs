@@ -160,9 +160,12 @@ fn ready(facts: &Facts<'_>) -> Finding {
     if let Some(problem) = &facts.problem {
         return no(problem.reason, problem.message.clone());
     }
-    if lower == 0 {
-        return no(reasons::SCALED_TO_ZERO, scaled_to_zero());
+    if facts.desired == 0 && lower == 0 {
+        let sleeps = facts.service.spec.scaling.mode == ScalingMode::Auto;
+        let (reason, message) = (reasons::SCALED_TO_ZERO, scaled_to_zero(facts).to_owned());
+        return Finding::new(types::READY, sleeps, reason, message);
     }
+    let lower = lower.max(1);
     if answering >= needed(facts, lower) {
         let message = format!("{answering} of {} ready", counted(facts.desired, "replica"));
         return Finding::new(types::READY, Status::True, reasons::REPLICAS_READY, message);
@@ -213,8 +216,9 @@ fn available(facts: &Facts<'_>) -> Finding {
     let answering = facts.answering();
     let finding = |status, reason, message| Finding::new(types::AVAILABLE, status, reason, message);
     match answering {
-        0 if scaling::bounds(facts.service).0 == 0 => {
-            finding(Status::False, reasons::SCALED_TO_ZERO, scaled_to_zero())
+        0 if facts.desired == 0 => {
+            let message = scaled_to_zero(facts).to_owned();
+            finding(Status::False, reasons::SCALED_TO_ZERO, message)
         }
         0 => {
             let message = "no replica answers requests".to_owned();
@@ -227,8 +231,13 @@ fn available(facts: &Facts<'_>) -> Finding {
     }
 }
 
-fn scaled_to_zero() -> String {
-    "scaling.mode is Manual and replicas is 0: raise replicas to serve requests".to_owned()
+fn scaled_to_zero(facts: &Facts<'_>) -> &'static str {
+    match facts.service.spec.scaling.mode {
+        ScalingMode::Auto => "asleep at 0 replicas: the next request starts one and waits for it",
+        ScalingMode::Manual => {
+            "scaling.mode is Manual and replicas is 0: raise replicas to serve requests"
+        }
+    }
 }
 
 fn progressing(facts: &Facts<'_>) -> Finding {
@@ -374,6 +383,7 @@ fn word(facts: &Facts<'_>, code: ReasonCode) -> &'static str {
         ReasonCode::AtMaxReplicas => reasons::AT_MAX_REPLICAS,
         ReasonCode::WaitingForAccelerator => reasons::WAITING_FOR_ACCELERATOR,
         ReasonCode::DialsMoved => reasons::DIALS_MOVED,
+        ReasonCode::ScaledToZero => reasons::SCALED_TO_ZERO,
     }
 }
 

@@ -143,7 +143,7 @@ fn context_of(client: Client, stores: Stores) -> (Context, mpsc::UnboundedReceiv
     };
     let recorder = Recorder::new(client.clone(), reporter);
     (
-        Context::new(client, stores, Arc::new(board), settings, recorder),
+        Context::new(client, stores, Arc::new(board), settings, recorder, None),
         woken,
     )
 }

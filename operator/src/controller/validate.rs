@@ -3,7 +3,7 @@
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use kube::{Resource, ResourceExt};
 use stoker_api::conditions::reasons;
-use stoker_api::{InferenceService, ModelSource, names};
+use stoker_api::{InferenceService, ModelSource, ScalingMode, names};
 
 use super::read::Observed;
 use crate::resources::MANAGED_BY;
@@ -25,10 +25,15 @@ pub enum Refusal {
 pub fn validate(
     service: &InferenceService,
     observed: &Observed,
+    routed: bool,
 ) -> Result<Option<ModelSource>, Refusal> {
+    if !routed {
+        needs_no_router(service)?;
+    }
     check(service, observed.service_account.as_ref())?;
     check(service, observed.config_map.as_ref())?;
     check(service, observed.service.as_ref())?;
+    check(service, observed.endpoint_slice.as_ref())?;
     check(service, observed.disruption_budget.as_ref())?;
     check(service, observed.deployment.as_ref())?;
     service.spec.model.parse_source().map_err(|message| {
@@ -37,6 +42,25 @@ pub fn validate(
             message,
         })
     })
+}
+
+/// What only the router can do must not be promised without one.
+fn needs_no_router(service: &InferenceService) -> Result<(), Refusal> {
+    let scaling = &service.spec.scaling;
+    let field = if service.spec.access.is_some() {
+        "access"
+    } else if scaling.mode == ScalingMode::Auto && scaling.min_replicas == 0 {
+        "scaling.minReplicas 0"
+    } else {
+        return Ok(());
+    };
+    Err(Refusal::Problem(Problem {
+        reason: reasons::INVALID_SPEC,
+        message: format!(
+            "{field} needs the router, which this installation runs without: install the chart with \
+             router.enabled=true, or leave it out"
+        ),
+    }))
 }
 
 /// An object of a name that we need must be ours, or one of ours that lost its owner.
@@ -97,7 +121,7 @@ mod tests {
             service: Some(existing),
             ..Observed::default()
         };
-        validate(&service, &observed).map(|_| ())
+        validate(&service, &observed, false).map(|_| ())
     }
 
     fn owner(kind: &str, name: &str, uid: &str) -> Value {

@@ -5,14 +5,17 @@
 mod config_map;
 mod deployment;
 mod disruption_budget;
+pub mod endpoint_slice;
 mod pod_template;
-mod service;
+pub mod service;
 mod service_account;
 
 use std::collections::BTreeMap;
+use std::net::IpAddr;
 
 use k8s_openapi::api::apps::v1::Deployment;
 use k8s_openapi::api::core::v1::{ConfigMap, Service, ServiceAccount};
+use k8s_openapi::api::discovery::v1::EndpointSlice;
 use k8s_openapi::api::policy::v1::PodDisruptionBudget;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{LabelSelector, ObjectMeta, OwnerReference};
 use kube::Resource;
@@ -31,10 +34,12 @@ pub struct Blueprint<'a> {
     pub settings: &'a Settings,
     /// Replicas to ask the Deployment for.
     pub replicas: u32,
+    /// Routers that the Service leads to; `None`: straight to the pods.
+    pub routers: Option<Vec<IpAddr>>,
 }
 
 /// The same for all services of an operator.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Default)]
 pub struct Settings {
     /// Image of services that name none.
     pub server_image: String,
@@ -49,6 +54,8 @@ pub struct Owned {
     pub service_account: ServiceAccount,
     pub config_map: ConfigMap,
     pub service: Service,
+    /// Where the Service leads, unless it selects its pods.
+    pub endpoint_slice: Option<EndpointSlice>,
     pub disruption_budget: PodDisruptionBudget,
     pub deployment: Deployment,
 }
@@ -58,6 +65,7 @@ pub fn build(blueprint: &Blueprint<'_>) -> Owned {
         service_account: service_account::build(blueprint),
         config_map: config_map::build(blueprint),
         service: service::build(blueprint),
+        endpoint_slice: endpoint_slice::build(blueprint),
         disruption_budget: disruption_budget::build(blueprint),
         deployment: deployment::build(blueprint),
     }

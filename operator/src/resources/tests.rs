@@ -21,6 +21,7 @@ fn owned(spec: Value, replicas: u32) -> Owned {
         spec: &spec,
         settings: &settings(),
         replicas,
+        routers: None,
     };
     build(&blueprint)
 }
@@ -87,6 +88,37 @@ fn the_simulated_device_reads_no_model() {
     assert!(args.contains(&"--simulated-profile=t4".to_owned()));
     assert!(!args.iter().any(|arg| arg.starts_with("--model=")));
     assert_eq!(pod.volumes.unwrap().len(), 1);
+}
+
+#[test]
+fn behind_the_router_a_service_selects_nothing() {
+    let spec: InferenceServiceSpec =
+        serde_json::from_value(json!({"engine": {"device": "simulated"}})).unwrap();
+    let blueprint = Blueprint {
+        name: "smollm2",
+        namespace: "chat",
+        uid: "0b1c-uid",
+        source: None,
+        spec: &spec,
+        settings: &settings(),
+        replicas: 1,
+        routers: Some(vec![
+            "198.18.0.4".parse().unwrap(),
+            "fd00::1".parse().unwrap(),
+        ]),
+    };
+    let owned = build(&blueprint);
+    assert_eq!(owned.service.spec.unwrap().selector, None);
+    let slice = owned.endpoint_slice.unwrap();
+    assert_eq!(slice.metadata.name.as_deref(), Some("smollm2-router"));
+    assert_eq!(
+        slice.metadata.labels.unwrap()["kubernetes.io/service-name"],
+        "smollm2"
+    );
+    assert_eq!(slice.address_type, "IPv4");
+    assert_eq!(slice.endpoints.len(), 1);
+    assert_eq!(slice.endpoints[0].addresses, ["198.18.0.4"]);
+    assert_eq!(slice.ports.unwrap()[0].port, Some(8000));
 }
 
 fn any_spec() -> impl Strategy<Value = Value> {

@@ -61,6 +61,8 @@ pub struct PodOutlook {
 struct Entry {
     uid: String,
     desired: u32,
+    /// Whether a request may start the first replica: not where replicas are set by hand.
+    rouses: bool,
     fleet: Fleet,
     outlook: Outlook,
 }
@@ -96,6 +98,7 @@ impl Board {
             let entry = Entry {
                 uid,
                 desired: known.unwrap_or(lower).clamp(lower, upper.max(lower)),
+                rouses: false,
                 fleet: Fleet::default(),
                 outlook: Outlook::default(),
             };
@@ -104,6 +107,7 @@ impl Board {
         match entries.get_mut(&key) {
             Some(entry) => {
                 entry.desired = entry.desired.max(lower);
+                entry.rouses = service.spec.scaling.mode == ScalingMode::Auto;
                 entry.desired
             }
             None => lower,
@@ -144,9 +148,26 @@ impl Board {
             news = true;
         }
         if news {
-            // Closed only while the process ends.
-            let _ = self.wake.send(key.clone());
+            self.wake(key.clone());
         }
+    }
+
+    /// A request waits for a service that may be asleep: it gets a replica without waiting for the
+    /// loop's next tick.
+    pub fn rouse(&self, key: &Key) {
+        if let Some(entry) = self.lock().get_mut(key)
+            && entry.desired == 0
+            && entry.rouses
+        {
+            entry.desired = 1;
+            self.wake(key.clone());
+        }
+    }
+
+    /// Has the service reconciled.
+    pub fn wake(&self, key: Key) {
+        // Closed only while the process ends.
+        let _ = self.wake.send(key);
     }
 
     /// Drops what is known about an object that is gone. Always `false`.
@@ -246,6 +267,27 @@ mod tests {
         assert_eq!(board.desired(&lowered, None), 2);
         let raised = service(json!({"minReplicas": 4, "maxReplicas": 4}), json!({}));
         assert_eq!(board.desired(&raised, None), 4);
+    }
+
+    #[test]
+    fn a_request_rouses_a_sleeping_service_only() {
+        let (board, mut woken) = Board::new();
+        board.desired(
+            &service(json!({"minReplicas": 0}), json!({"desiredReplicas": 0})),
+            None,
+        );
+        board.rouse(&key());
+        assert_eq!(board.current(&key(), "u").map(|(n, _)| n), Some(1));
+        assert_eq!(woken.try_recv().unwrap(), key());
+        board.rouse(&key());
+        assert!(woken.try_recv().is_err(), "it is awake");
+
+        let (board, _woken) = Board::new();
+        let mut by_hand = service(json!({"mode": "Manual"}), json!({"desiredReplicas": 0}));
+        by_hand.spec.replicas = 0;
+        board.desired(&by_hand, None);
+        board.rouse(&key());
+        assert_eq!(board.current(&key(), "u").map(|(n, _)| n), Some(0));
     }
 
     #[test]

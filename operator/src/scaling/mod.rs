@@ -22,7 +22,7 @@ use tracing::Instrument;
 
 pub use board::{Board, Key, Outlook, PodOutlook, bounds};
 pub use fleet::Fleet;
-pub use observe::{condition, is_finished, is_ready, is_replica};
+pub use observe::{condition, is_finished, is_ready, is_replica, is_running, objectives};
 pub use worker::Tools;
 
 use crate::stores::Stores;

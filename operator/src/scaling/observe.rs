@@ -3,12 +3,24 @@
 use k8s_openapi::api::core::v1::{Pod, PodCondition};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 use kube::ResourceExt;
-use stoker_api::{InferenceServiceSpec, ItlStatistic};
+use stoker_api::{InferenceServiceSpec, ItlStatistic, names};
 use stoker_autoscaler::{DialRange, ItlOf, Limits, Objectives, Phase};
 
 /// Whether the kubelet says that the pod takes requests.
 pub fn is_ready(pod: &Pod) -> bool {
     pod.metadata.deletion_timestamp.is_none() && is_true(pod, "Ready")
+}
+
+/// Whether the server's container runs: one that doesn't has nobody to ask.
+pub fn is_running(pod: &Pod) -> bool {
+    let statuses = pod
+        .status
+        .as_ref()
+        .and_then(|s| s.container_statuses.as_ref());
+    statuses.into_iter().flatten().any(|status| {
+        let state = status.state.as_ref();
+        status.name == names::SERVER_CONTAINER && state.is_some_and(|s| s.running.is_some())
+    })
 }
 
 /// Whether the pod has ended for good, as an evicted one has: its ReplicaSet has replaced it.
@@ -98,6 +110,7 @@ pub fn limits(spec: &InferenceServiceSpec, (lower, upper): (u32, u32)) -> Limits
     Limits {
         min_replicas: lower,
         max_replicas: upper,
+        idle_seconds: f64::from(spec.scaling.idle_seconds),
         max_num_seqs: range(cap.min, cap.max, cap.initial),
         max_num_batched_tokens: range(budget.min, budget.max, budget.initial),
         scale_down_stabilization_seconds: f64::from(spec.scaling.scale_down_stabilization_seconds),

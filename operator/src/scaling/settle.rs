@@ -66,8 +66,10 @@ impl ShownReason {
             }
             return self.shown.as_ref().map(|(reason, _)| reason.clone());
         };
-        let at_once = matches!(new.code, ReasonCode::ScaleUp | ReasonCode::ScaleDown)
-            || shown.code == ReasonCode::NoData;
+        let at_once = matches!(
+            new.code,
+            ReasonCode::ScaleUp | ReasonCode::ScaleDown | ReasonCode::ScaledToZero
+        ) || shown.code == ReasonCode::NoData;
         let due = match lost {
             true => stays_lost,
             false => at_once || now.duration_since(*since) >= DWELL,

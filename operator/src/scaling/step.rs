@@ -25,8 +25,15 @@ pub struct Standing {
 
 /// More replicas are asked for at once. Fewer go one at a time: never during a rollout, never before
 /// the last one is gone, and a ready pod only once it carries the mark by which the ReplicaSet
-/// picks it.
-pub fn next(current: u32, decided: u32, fleet: Fleet, standing: &Standing) -> Step {
+/// picks it, and has been out of rotation for `proof_seconds`: if the others can't do without it,
+/// the decision changes meanwhile and it comes back.
+pub fn next(
+    current: u32,
+    decided: u32,
+    fleet: Fleet,
+    standing: &Standing,
+    proof_seconds: u64,
+) -> Step {
     if decided > current {
         return Step::To(decided);
     }
@@ -38,8 +45,11 @@ pub fn next(current: u32, decided: u32, fleet: Fleet, standing: &Standing) -> St
         return Step::To(current - 1);
     }
     match choose_victim(&standing.ready) {
-        Some(victim) if !victim.marked => Step::Mark(victim.clone()),
-        Some(_) => Step::To(current - 1),
+        Some(victim) => match victim.marked_seconds {
+            None => Step::Mark(victim.clone()),
+            Some(seconds) if seconds >= proof_seconds => Step::To(current - 1),
+            Some(_) => Step::Stay,
+        },
         None => Step::Stay,
     }
 }
@@ -64,7 +74,7 @@ mod tests {
         let pod = |(i, r): (usize, &u32)| Candidate {
             uid: format!("u{i}"),
             name: format!("p{i}"),
-            marked: false,
+            marked_seconds: None,
             requests: Some(*r),
             ready_seconds: 100,
         };
@@ -77,39 +87,45 @@ mod tests {
     #[test]
     fn marks_first_then_takes_one() {
         let mut standing = ready(&[4, 0, 2]);
-        let Step::Mark(victim) = next(3, 1, settled(3), &standing) else {
+        let Step::Mark(victim) = next(3, 1, settled(3), &standing, 0) else {
             panic!("no mark");
         };
         assert_eq!(victim.name, "p1");
-        standing.ready[1].marked = true;
-        assert_eq!(next(3, 1, settled(3), &standing), Step::To(2));
+        standing.ready[1].marked_seconds = Some(9);
+        assert_eq!(
+            next(3, 1, settled(3), &standing, 10),
+            Step::Stay,
+            "on trial"
+        );
+        standing.ready[1].marked_seconds = Some(10);
+        assert_eq!(next(3, 1, settled(3), &standing, 10), Step::To(2));
     }
 
     #[test]
     fn waits_for_rollouts_and_for_the_last_one_to_be_gone() {
         let mut standing = ready(&[0, 0]);
-        standing.ready[0].marked = true;
+        standing.ready[0].marked_seconds = Some(0);
         let rollout = Fleet {
             updated: 1,
             ..settled(2)
         };
-        assert_eq!(next(2, 1, rollout, &standing), Step::Stay);
+        assert_eq!(next(2, 1, rollout, &standing, 0), Step::Stay);
         let unseen = Fleet {
             observed: false,
             ..settled(2)
         };
-        assert_eq!(next(2, 1, unseen, &standing), Step::Stay);
+        assert_eq!(next(2, 1, unseen, &standing, 0), Step::Stay);
         // The last change hasn't reached the Deployment yet.
-        assert_eq!(next(2, 1, settled(3), &standing), Step::Stay);
+        assert_eq!(next(2, 1, settled(3), &standing, 0), Step::Stay);
         standing.terminating = 1;
-        assert_eq!(next(2, 1, settled(2), &standing), Step::Stay);
+        assert_eq!(next(2, 1, settled(2), &standing, 0), Step::Stay);
     }
 
     #[test]
     fn a_pod_that_never_came_up_goes_without_a_mark() {
         let mut standing = ready(&[3]);
         standing.not_ready = 1;
-        assert_eq!(next(2, 1, settled(2), &standing), Step::To(1));
+        assert_eq!(next(2, 1, settled(2), &standing, 0), Step::To(1));
     }
 
     proptest! {
@@ -121,14 +137,14 @@ mod tests {
         ) {
             let mut standing = Standing { not_ready, terminating, ..ready(&requests) };
             if let Some(first) = standing.ready.first_mut() {
-                first.marked = marked;
+                first.marked_seconds = marked.then_some(0);
             }
             let fleet = Fleet { observed, wanted: current, created, updated, ready: 0 };
-            match next(current, decided, fleet, &standing) {
+            match next(current, decided, fleet, &standing, 0) {
                 Step::To(n) if n < current => {
                     prop_assert_eq!(n, current - 1);
                     prop_assert!(n >= decided && fleet.settled() && terminating == 0);
-                    prop_assert!(not_ready > 0 || standing.ready.iter().any(|pod| pod.marked));
+                    prop_assert!(not_ready > 0 || standing.ready.iter().any(|pod| pod.marked_seconds.is_some()));
                 }
                 Step::To(n) => prop_assert_eq!(n, decided),
                 Step::Mark(_) => prop_assert!(decided < current),

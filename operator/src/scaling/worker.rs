@@ -9,23 +9,31 @@ use k8s_openapi::api::core::v1::Pod;
 use kube::ResourceExt;
 use stoker_api::conditions::{self, types};
 use stoker_api::{InferenceService, names};
-use stoker_autoscaler::{Decision, Dials, Memory, Observation, Phase, Replica, Sample, decide};
+use stoker_autoscaler::{
+    Decision, Dials, Memory, Observation, Phase, Queue, Replica, Sample, decide,
+};
 use tokio::time::Instant;
 use tracing::{debug, info, warn};
 
 use super::board::{Outlook, PodOutlook, bounds};
-use super::observe::{self, is_ready};
+use super::observe::{self, is_ready, is_running};
 use super::settle::{Debounced, SILENCE, ShownReason};
 use super::step::{self, Standing, Step};
 use super::{Fleet, Key};
 use crate::actuate::{Candidate, DeletionCost, Pushed, Pusher, WireObjectives};
+use crate::routing::Routing;
 use crate::scrape::{FetchError, Fetcher, Reading};
+
+/// Seconds that a replica stays out of rotation before it goes, at most.
+const LONGEST_PROOF: u64 = 30;
 
 /// What ticks act with.
 pub struct Tools {
     pub fetcher: Fetcher,
     pub pusher: Pusher,
     pub deletion_cost: DeletionCost,
+    /// `None`: this installation has no routers.
+    pub routing: Option<Arc<Routing>>,
 }
 
 /// What is remembered about a service from tick to tick.
@@ -47,6 +55,8 @@ struct PodMemory {
     push_failing: bool,
     /// The last answer, or the first question while there was none.
     heard: Option<Instant>,
+    /// When it was first seen with the mark of the pod that goes first.
+    marked: Option<Instant>,
 }
 
 /// A pod with what it said this time.
@@ -80,7 +90,9 @@ impl Worker {
     ) -> (u32, Outlook) {
         let seen = self.look(service, pods, tools).await;
         let now = jiff::Timestamp::now().as_duration().as_secs_f64();
-        let observation = observation(&seen, desired, now);
+        let queue = tools.routing.as_ref().zip(Key::of(service));
+        let queue = queue.and_then(|(routing, key)| routing.queue(&key));
+        let observation = observation(&seen, desired, now, queue);
         let objectives = observe::objectives(&service.spec);
         let limits = observe::limits(&service.spec, bounds(service));
         let decision = {
@@ -230,8 +242,12 @@ impl Worker {
         decision: &Decision,
         tools: &Tools,
     ) -> u32 {
-        let standing = standing(seen);
-        let step = step::next(desired, decision.replicas, fleet, &standing);
+        let standing = self.standing(seen);
+        let proof = match tools.routing {
+            Some(_) => proof_seconds(service),
+            None => 0,
+        };
+        let step = step::next(desired, decision.replicas, fleet, &standing, proof);
         let Some(Key { namespace, .. }) = Key::of(service) else {
             return desired;
         };
@@ -244,7 +260,8 @@ impl Worker {
         for pod in &standing.ready {
             let wanted = marked == Some(pod.uid.as_str());
             // While fewer are wanted, a mark stays until its pod is gone.
-            if pod.marked == wanted || (pod.marked && decision.replicas < desired) {
+            let marked = pod.marked_seconds.is_some();
+            if marked == wanted || (marked && decision.replicas < desired) {
                 continue;
             }
             let cost = &tools.deletion_cost;
@@ -257,6 +274,28 @@ impl Worker {
             Step::To(n) => n,
             Step::Mark(_) | Step::Stay => desired,
         }
+    }
+
+    fn standing(&self, seen: &[Seen]) -> Standing {
+        let mut standing = Standing::default();
+        let now = jiff::Timestamp::now().as_duration().as_secs_f64();
+        for pod in seen {
+            if pod.pod.metadata.deletion_timestamp.is_some() {
+                standing.terminating += 1;
+            } else if is_ready(&pod.pod) {
+                let marked = self.pods.get(&pod.uid).and_then(|memory| memory.marked);
+                standing.ready.push(Candidate {
+                    uid: pod.uid.clone(),
+                    name: pod.pod.name_any(),
+                    marked_seconds: marked.map(|at| at.elapsed().as_secs()),
+                    requests: pod.sample().map(|s| s.running.saturating_add(s.waiting)),
+                    ready_seconds: observe::ages(&pod.pod, now).1 as u64,
+                });
+            } else {
+                standing.not_ready += 1;
+            }
+        }
+        standing
     }
 
     fn outlook(&mut self, seen: &[Seen], decision: &Decision, goal: f64) -> Outlook {
@@ -312,12 +351,16 @@ impl PodMemory {
         }
         // An operator that was just started recognises a replica that is loaded and leaving.
         let leaving = seen.answer().is_some_and(|a| a.draining);
+        self.marked = match DeletionCost::is_marked(&seen.pod) {
+            true => self.marked.or(Some(now)),
+            false => None,
+        };
         self.was_ready |= is_ready(&seen.pod) || leaving;
         seen.phase = observe::phase(&seen.pod, self.was_ready);
     }
 }
 
-fn observation(seen: &[Seen], desired: u32, now: f64) -> Observation {
+fn observation(seen: &[Seen], desired: u32, now: f64, queue: Option<Queue>) -> Observation {
     let replica = |seen: &Seen| {
         let (age_seconds, ready_seconds) = observe::ages(&seen.pod, now);
         Replica {
@@ -332,43 +375,17 @@ fn observation(seen: &[Seen], desired: u32, now: f64) -> Observation {
         now,
         desired_replicas: desired,
         replicas: seen.iter().map(replica).collect(),
+        queue,
     }
 }
 
-fn standing(seen: &[Seen]) -> Standing {
-    let mut standing = Standing::default();
-    let now = jiff::Timestamp::now().as_duration().as_secs_f64();
-    for pod in seen {
-        if pod.pod.metadata.deletion_timestamp.is_some() {
-            standing.terminating += 1;
-        } else if is_ready(&pod.pod) {
-            standing.ready.push(Candidate {
-                uid: pod.uid.clone(),
-                name: pod.pod.name_any(),
-                marked: DeletionCost::is_marked(&pod.pod),
-                requests: pod.sample().map(|s| s.running.saturating_add(s.waiting)),
-                ready_seconds: observe::ages(&pod.pod, now).1 as u64,
-            });
-        } else {
-            standing.not_ready += 1;
-        }
-    }
-    standing
-}
-
-/// A container that isn't running has nobody to ask.
-fn is_running(pod: &Pod) -> bool {
-    let statuses = pod
-        .status
-        .as_ref()
-        .and_then(|s| s.container_statuses.as_ref());
-    statuses.into_iter().flatten().any(|status| {
-        status.name == names::SERVER_CONTAINER
-            && status
-                .state
-                .as_ref()
-                .is_some_and(|state| state.running.is_some())
-    })
+/// How long a replica is out of rotation before it goes: long enough for misses to show, in
+/// proportion to the pace that the owner set.
+fn proof_seconds(service: &InferenceService) -> u64 {
+    let stabilization = service.spec.scaling.scale_down_stabilization_seconds;
+    u64::try_from(stabilization / 2)
+        .unwrap_or(0)
+        .min(LONGEST_PROOF)
 }
 
 fn restarts(pod: &Pod) -> i32 {

@@ -66,6 +66,7 @@ async fn replica() -> (Shared, Tools) {
         fetcher: Fetcher::new(port).unwrap(),
         pusher: Pusher::new(port, signer).unwrap(),
         deletion_cost: DeletionCost::new(mock_client().0),
+        routing: None,
     };
     (stand_in, tools)
 }
@@ -202,6 +203,7 @@ async fn lost_samples_change_nothing() {
         )
         .unwrap(),
         deletion_cost: DeletionCost::new(mock_client().0),
+        routing: None,
     };
     let service = service((8, 512), json!({"desiredReplicas": 3}));
     let mut worker = Worker::default();

@@ -25,7 +25,7 @@ const SWEEP: [(u32, u32, u32); 14] = [
     (64, 32, 0),
 ];
 /// Seconds of device time after which no further step is begun.
-const TIME_LIMIT: f64 = 1.0;
+const TIME_LIMIT: f64 = 0.5;
 /// No step is tried that is predicted to take longer.
 const LONGEST_STEP: f64 = 0.25;
 /// A sweep that took less is worth repeating against noise.
@@ -35,7 +35,7 @@ const MOST_SWEEPS: usize = 4;
 const MOST_CONFIDENCE: f64 = 0.9;
 
 /// Times about a dozen steps of different batch and chunk sizes on scratch blocks and fits the
-/// law to them: at most about a second of device time, less on a fast device. For an executor
+/// law to them: at most about half a second of device time, less on a fast device. For an executor
 /// that has no step in flight and no cached token to lose: it writes over KV blocks.
 pub fn calibrate(executor: &mut dyn Executor) -> Result<Prior, ExecutorError> {
     let capacity = executor.capacity();

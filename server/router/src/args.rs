@@ -82,7 +82,17 @@ pub struct Args {
           action = clap::ArgAction::Set, value_name = "BOOL")]
     pub access_log: bool,
 
-    /// How long requests may go on after SIGTERM
+    /// After SIGTERM, how long everything goes on as before while answers ask clients to close
+    /// their connections: until nobody is led here any more
+    #[arg(
+        long,
+        env = "STOKER_LAME_DUCK_SECONDS",
+        default_value_t = 0,
+        value_name = "SECONDS"
+    )]
+    pub lame_duck_seconds: u64,
+
+    /// How long requests may go on after that
     #[arg(
         long,
         env = "STOKER_DRAIN_TIMEOUT_SECONDS",

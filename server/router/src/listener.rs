@@ -7,6 +7,7 @@ use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::Duration;
 
+use hyper::header::{CONNECTION, HeaderValue};
 use hyper::server::conn::http1;
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioIo, TokioTimer};
@@ -102,8 +103,17 @@ where
     });
     let service = service_fn(move |request| {
         let answer = proxy::serve(Arc::clone(&router), client.ip(), request);
+        let router = Arc::clone(&router);
         // Boxed: else the connection keeps the room for it as long as the answer streams.
-        Box::pin(async move { Ok::<_, std::convert::Infallible>(answer.await) })
+        Box::pin(async move {
+            let mut answer = answer.await;
+            if router.is_draining() {
+                // Closed from this side it could meet the client's next request halfway.
+                let close = HeaderValue::from_static("close");
+                answer.headers_mut().insert(CONNECTION, close);
+            }
+            Ok::<_, std::convert::Infallible>(answer)
+        })
     });
     let connection = http1::Builder::new()
         .timer(TokioTimer::new())

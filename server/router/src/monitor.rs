@@ -17,6 +17,8 @@ use crate::service::Service;
 /// Polls without an answer after which a replica counts as unresponsive.
 const SILENT_POLLS: u32 = 3;
 const MAX_METRICS_BYTES: usize = 1 << 20;
+/// Between two probes of a replica that starts: somebody may wait for it.
+const STARTING_PROBE: Duration = Duration::from_millis(150);
 /// Longest time between two probes of a replica that is out.
 const MAX_PROBE_INTERVAL: Duration = Duration::from_secs(2);
 
@@ -27,7 +29,9 @@ pub async fn watch(config: Config, service: Weak<Service>, replica: Arc<Replica>
     loop {
         // Several routers shouldn't ask at the same moment for ever.
         let jitter = rand::rng().random_range(0.8..1.2);
-        let interval = if replica.is_ejected() {
+        let interval = if replica.is_starting() {
+            STARTING_PROBE
+        } else if replica.is_ejected() {
             probe_interval = (probe_interval * 3 / 2).min(MAX_PROBE_INTERVAL);
             probe_interval
         } else {

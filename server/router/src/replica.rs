@@ -69,6 +69,7 @@ pub struct Replica {
     reported_at_ms: AtomicU64,
     failures: AtomicU32,
     ejected: AtomicBool,
+    starting: AtomicBool,
     full_until_ms: AtomicU64,
     removed: AtomicBool,
 }
@@ -91,7 +92,8 @@ impl Replica {
             others_tokens: AtomicU32::new(0),
             reported_at_ms: AtomicU64::new(0),
             failures: AtomicU32::new(0),
-            ejected: AtomicBool::new(false),
+            ejected: AtomicBool::new(!entry.ready),
+            starting: AtomicBool::new(!entry.ready),
             full_until_ms: AtomicU64::new(0),
             removed: AtomicBool::new(false),
         }
@@ -100,6 +102,9 @@ impl Replica {
     pub fn update(&self, entry: &ReplicaEntry) {
         self.weight.store(entry.weight, Relaxed);
         self.table_cap.store(entry.max_num_seqs, Relaxed);
+        if entry.ready && self.is_starting() {
+            self.restore();
+        }
     }
 
     /// It left the table; what it runs may finish.
@@ -133,6 +138,12 @@ impl Replica {
     #[must_use]
     pub fn is_ejected(&self) -> bool {
         self.ejected.load(Relaxed)
+    }
+
+    /// It has never been ready yet.
+    #[must_use]
+    pub fn is_starting(&self) -> bool {
+        self.starting.load(Relaxed)
     }
 
     /// In the rotation and healthy; perhaps without room.
@@ -235,6 +246,7 @@ impl Replica {
     /// A probe succeeded; true when it was out.
     pub fn restore(&self) -> bool {
         self.failures.store(0, Relaxed);
+        self.starting.store(false, Relaxed);
         self.ejected.swap(false, Relaxed)
     }
 }

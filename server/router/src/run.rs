@@ -95,8 +95,10 @@ pub async fn run(args: Args) -> anyhow::Result<()> {
         _ = terminate.recv() => {}
         _ = interrupt.recv() => {}
     }
-    tracing::info!(connections = connections.len(), "draining");
     router.drain();
+    tracing::info!(connections = connections.len(), "leaving");
+    tokio::time::sleep(Duration::from_secs(args.lame_duck_seconds)).await;
+    tracing::info!(connections = connections.len(), "draining");
     stop.cancel();
     connections.close();
     let limit = Duration::from_secs(args.drain_timeout_seconds);

@@ -56,6 +56,9 @@ pub struct ReplicaEntry {
     /// Share of the load; 0 gets no new work and finishes what it has.
     #[serde(default = "one")]
     pub weight: u32,
+    /// False for one that is still starting: it gets work as soon as it says itself that it is ready.
+    #[serde(default = "yes")]
+    pub ready: bool,
     /// Sequences that run at once. What the replica reports itself goes first.
     #[serde(default = "default_max_num_seqs")]
     pub max_num_seqs: u32,
@@ -247,6 +250,10 @@ pub fn parse_sha256(text: &str) -> Option<[u8; 32]> {
 
 fn one() -> u32 {
     1
+}
+
+fn yes() -> bool {
+    true
 }
 
 fn default_max_num_seqs() -> u32 {

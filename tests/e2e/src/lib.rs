@@ -4,6 +4,7 @@
 pub mod cluster;
 pub mod load;
 pub mod process;
+pub mod router;
 pub mod service;
 
 pub use cluster::{Cluster, eventually};

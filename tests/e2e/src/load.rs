@@ -27,6 +27,12 @@ impl Report {
     pub fn failed(&self) -> u64 {
         self.requests() - self.0["ok"].as_u64().unwrap_or_default()
     }
+
+    /// Requests that failed in one way.
+    pub fn failures(&self, kind: &str) -> u64 {
+        let runs = self.0["runs"].as_array().into_iter().flatten();
+        runs.filter_map(|run| run["failures"][kind].as_u64()).sum()
+    }
 }
 
 impl Load {

@@ -1,5 +1,6 @@
 //! The Helm chart: what it renders, what it refuses, and its life on a cluster.
 
+use std::collections::BTreeSet;
 use std::path::PathBuf;
 use std::process::{Command, Output};
 use std::sync::Arc;
@@ -13,7 +14,7 @@ use kube::core::GroupVersionKind;
 use kube::{Api, CustomResourceExt, ResourceExt, discovery};
 use serde_json::{Value, json};
 use stoker_api::InferenceService;
-use stoker_e2e::{Cluster, Service, eventually, repository};
+use stoker_e2e::{Cluster, Service, eventually, repository, router};
 
 /// Where `make test` and `make demo` install it.
 const RELEASE: &str = "stoker";
@@ -132,27 +133,38 @@ fn chart_asks_for_few_rights() -> Result<()> {
             );
         }
     }
-    let [deployment] = of_kind(&documents, "Deployment")[..] else {
-        anyhow::bail!("there is more than one Deployment, or none");
+    let mut programs = of_kind(&documents, "Deployment");
+    programs.extend(of_kind(&documents, "Job"));
+    ensure!(
+        programs.len() == 3,
+        "operator, router and release: {}",
+        programs.len()
+    );
+    for program in programs {
+        let pod = &program["spec"]["template"]["spec"];
+        let security = &pod["securityContext"];
+        ensure!(
+            security["runAsNonRoot"] == true
+                && security["seccompProfile"]["type"] == "RuntimeDefault",
+            "{security}"
+        );
+        let security = &pod["containers"][0]["securityContext"];
+        ensure!(
+            security["readOnlyRootFilesystem"] == true
+                && security["allowPrivilegeEscalation"] == false
+                && security["capabilities"] == json!({"drop": ["ALL"]}),
+            "{security}"
+        );
+    }
+    // API keys of services are out of reach unless they are asked for.
+    let with_keys = render(&["router.apiKeys=true"])?;
+    let reads_secrets = |documents: &[Value]| {
+        let roles = of_kind(documents, "ClusterRole");
+        roles
+            .iter()
+            .any(|role| role["rules"].to_string().contains("secrets"))
     };
-    let pod = &deployment["spec"]["template"]["spec"];
-    ensure!(
-        pod["securityContext"]["runAsNonRoot"] == true,
-        "the pod may run as root"
-    );
-    ensure!(
-        pod["securityContext"]["seccompProfile"]["type"] == "RuntimeDefault",
-        "no seccomp profile"
-    );
-    let security = &pod["containers"][0]["securityContext"];
-    ensure!(
-        security["readOnlyRootFilesystem"] == true && security["allowPrivilegeEscalation"] == false,
-        "{security}"
-    );
-    ensure!(
-        security["capabilities"] == json!({"drop": ["ALL"]}),
-        "{security}"
-    );
+    ensure!(!reads_secrets(&documents) && reads_secrets(&with_keys));
 
     // With a list of namespaces it gets nothing beyond them.
     let documents = render(&["watchNamespaces={team-a,team-b}"])?;
@@ -160,12 +172,12 @@ fn chart_asks_for_few_rights() -> Result<()> {
         of_kind(&documents, "ClusterRole").is_empty(),
         "a ClusterRole in spite of watchNamespaces"
     );
-    let namespaces: Vec<&str> = of_kind(&documents, "Role")
+    let namespaces: BTreeSet<&str> = of_kind(&documents, "Role")
         .iter()
         .filter_map(|role| role["metadata"]["namespace"].as_str())
         .collect();
     ensure!(
-        namespaces == ["team-a", "team-b", NAMESPACE],
+        namespaces == BTreeSet::from(["team-a", "team-b", NAMESPACE]),
         "Roles are in {namespaces:?}"
     );
     Ok(())
@@ -175,11 +187,11 @@ fn chart_asks_for_few_rights() -> Result<()> {
 fn chart_names_images_as_told() -> Result<()> {
     let images = |values: &[&str]| -> Result<(String, String)> {
         let documents = render(values)?;
-        let deployment = of_kind(&documents, "Deployment")
-            .first()
-            .copied()
-            .cloned()
-            .context("no Deployment")?;
+        let deployments = of_kind(&documents, "Deployment");
+        let mut deployments = deployments.into_iter().filter(|deployment| {
+            deployment["metadata"]["labels"]["app.kubernetes.io/name"] == "stoker-operator"
+        });
+        let deployment = deployments.next().cloned().context("no operator")?;
         let container = &deployment["spec"]["template"]["spec"]["containers"][0];
         let server = container["args"]
             .as_array()
@@ -337,14 +349,14 @@ async fn operator_follows(service: &Service, good_percent: i32) -> Result<()> {
 async fn dashboard_shows_what_there_is(service: &Service) -> Result<()> {
     let dashboard = std::fs::read_to_string(repository("charts/stoker/dashboards/stoker.json"))?;
     let is_of_name = |c: char| c.is_ascii_alphanumeric() || matches!(c, ':' | '_');
-    let wanted: std::collections::BTreeSet<&str> = dashboard
+    let wanted: BTreeSet<&str> = dashboard
         .split(|c| !is_of_name(c))
         .filter(|word| word.starts_with("vllm:") || word.starts_with("stoker:"))
         .collect();
     ensure!(wanted.len() > 12, "the dashboard asks for {wanted:?} only");
-    let url = format!("{}/metrics", service.url().await?);
+    let pod = service.pods().await?.pop().context("no pod")?;
     eventually("all series of the dashboard are there", 30, || async {
-        let text = reqwest::get(&url).await?.error_for_status()?.text().await?;
+        let text = router::metrics(&pod, 8000).await?;
         let exposed = |name: &&&str| {
             text.lines()
                 .any(|line| line.split(['{', ' ']).next() == Some(**name))

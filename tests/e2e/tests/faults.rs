@@ -7,7 +7,7 @@ use k8s_openapi::api::core::v1::Pod;
 use kube::Api;
 use kube::api::ListParams;
 use serde_json::json;
-use stoker_e2e::{Cluster, Load, eventually, process};
+use stoker_e2e::{Cluster, Load, eventually, process, router};
 
 async fn operator_pod(cluster: &Cluster) -> Result<Pod> {
     let pods: Api<Pod> = Api::namespaced(cluster.client.clone(), "stoker-system");
@@ -74,19 +74,21 @@ async fn faults_killed_operator_and_server_cost_no_healthy_request() -> Result<(
         "requests failed when the operator died: {progress}"
     );
 
-    // A server dies: only what it was working on is lost, at the moment of the kill.
+    // A server dies: only streams that it had begun are lost; the rest goes to another replica.
     let pod = service
         .pods()
         .await?
         .into_iter()
         .find(|pod| restarts(pod) == 0)
         .context("no pod to kill")?;
-    let on_it = running_on(&pod).await?;
+    let cut_before = router::cut_streams(&cluster).await?;
     process::kill_container(&pod)?;
     let report = load.finish().await?;
+    let cut = router::cut_streams(&cluster).await? - cut_before;
+    let told = report.failures("stream_error");
     ensure!(
-        report.failed() <= on_it,
-        "{} requests failed, but only {on_it} were on the killed replica: {:#}",
+        report.failed() == told && told as f64 == cut,
+        "{} requests failed, {told} of them with an error event; {cut} streams were cut: {:#}",
         report.failed(),
         report.0
     );
@@ -101,26 +103,4 @@ async fn faults_killed_operator_and_server_cost_no_healthy_request() -> Result<(
     })
     .await?;
     cluster.remove_namespace().await
-}
-
-/// Requests that may be on a replica: what it runs, what waits there, and a margin for those that
-/// arrive between this look and the kill, or wait in a connection's buffer.
-async fn running_on(pod: &Pod) -> Result<u64> {
-    let ip = pod
-        .status
-        .as_ref()
-        .and_then(|status| status.pod_ip.clone())
-        .context("the pod has no address")?;
-    let text = reqwest::get(format!("http://{ip}:8000/metrics"))
-        .await?
-        .text()
-        .await?;
-    let gauge = |name: &str| -> u64 {
-        let line = text.lines().find(|line| line.starts_with(name));
-        let value = line
-            .and_then(|line| line.rsplit(' ').next())
-            .and_then(|value| value.parse::<f64>().ok());
-        value.unwrap_or_default() as u64
-    };
-    Ok(gauge("vllm:num_requests_running") + gauge("vllm:num_requests_waiting") + 5)
 }

@@ -3,7 +3,7 @@
 use proptest::prelude::*;
 use stoker_autoscaler::{
     Counters, DialRange, Dials, Histogram, ItlOf, Limits, Memory, Objectives, Observation, Phase,
-    Replica, Sample, decide,
+    Queue, Replica, Sample, decide,
 };
 use stoker_law::Law;
 
@@ -146,12 +146,30 @@ fn observation(step: usize) -> impl Strategy<Value = Observation> {
     let now = prop_oneof![6 => Just(usual), 1 => number()];
     now.prop_flat_map(|now| {
         let replicas = prop::collection::vec(replica(now), 0..6);
-        (count(), replicas).prop_map(move |(desired_replicas, replicas)| Observation {
-            now,
-            desired_replicas,
-            replicas,
-        })
+        (count(), replicas, prop::option::of(queue())).prop_map(
+            move |(desired_replicas, replicas, queue)| Observation {
+                now,
+                desired_replicas,
+                replicas,
+                queue,
+            },
+        )
     })
+}
+
+fn queue() -> impl Strategy<Value = Queue> {
+    let numbers = (number(), number());
+    (count(), any::<u64>(), count(), numbers).prop_map(
+        |(requests, prompt_tokens, outstanding_requests, (oldest_age_seconds, idle_seconds))| {
+            Queue {
+                requests,
+                prompt_tokens,
+                oldest_age_seconds,
+                outstanding_requests,
+                idle_seconds,
+            }
+        },
+    )
 }
 
 fn range() -> impl Strategy<Value = DialRange> {
@@ -166,6 +184,7 @@ fn limits() -> impl Strategy<Value = Limits> {
     (count(), count(), range(), range(), number()).prop_map(|(a, b, caps, budgets, seconds)| {
         Limits {
             min_replicas: a.min(b),
+            idle_seconds: 60.0,
             max_replicas: a.max(b),
             max_num_seqs: caps,
             max_num_batched_tokens: budgets,

@@ -46,6 +46,7 @@ pub fn objectives() -> Objectives {
 pub fn limits(max_replicas: u32, stabilization: f64) -> Limits {
     Limits {
         min_replicas: 1,
+        idle_seconds: 0.0,
         max_replicas,
         max_num_seqs: DialRange {
             min: 1,
@@ -295,6 +296,7 @@ impl Fleet {
             }
         });
         Observation {
+            queue: None,
             now: self.t,
             desired_replicas: self.desired,
             replicas: pods.collect(),

@@ -163,6 +163,7 @@ async fn read_events(
     let mut buffer: Vec<u8> = Vec::new();
     let mut last = sent;
     let mut ttft = None;
+    let mut texts = 0;
     let mut usage = None;
     let mut done = false;
     while let Some(chunk) = chunks.next().await {
@@ -182,11 +183,17 @@ async fn read_events(
                 listener.text(ttft.is_none(), now - last);
                 ttft.get_or_insert(now - sent);
                 last = now;
+                texts += 1;
             }
             usage = completion.usage.or(usage);
         }
     }
     match (done, usage) {
+        // A retry that sent again what had come before, for one.
+        (true, Some(usage)) if texts > usage.completion_tokens => Err(failure(
+            "duplicate_tokens",
+            format!("{texts} texts came of {} tokens", usage.completion_tokens),
+        )),
         (true, Some(usage)) => Ok(Answer {
             completion_tokens: usage.completion_tokens,
             prompt_tokens: usage.prompt_tokens,

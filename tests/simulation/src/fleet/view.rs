@@ -113,6 +113,7 @@ impl View {
             }
         });
         Observation {
+            queue: None,
             now: EPOCH + self.now,
             desired_replicas: self.desired,
             replicas: replicas.collect(),

@@ -26,6 +26,7 @@ impl Stoker {
             objectives: setup.goals.objectives(),
             limits: Limits {
                 min_replicas: setup.min_replicas,
+                idle_seconds: 0.0,
                 max_replicas: setup.max_replicas,
                 max_num_seqs: range(SEQS, setup.dials.max_num_seqs),
                 max_num_batched_tokens: range(TOKENS, setup.dials.max_num_batched_tokens),
