@@ -245,6 +245,7 @@ struct Watched {
 fn watch(client: &Client, namespace: Option<String>) -> Watched {
     let (services, services_writer) = reflector::store::<Guarded>();
     let (pods, pods_writer) = reflector::store::<Pod>();
+    let (all_listed, listed) = tokio::sync::watch::channel(false);
     let service_api = controller::api::<Guarded>(client, namespace.as_deref());
     let pod_api = controller::api::<Pod>(client, namespace.as_deref());
     let labelled = watcher::Config::default().labels(names::SERVICE_LABEL);
@@ -253,6 +254,11 @@ fn watch(client: &Client, namespace: Option<String>) -> Watched {
             .modify(slim)
             .backoff(WatchRetry::default())
             .reflect(services_writer)
+            .inspect(move |event| {
+                if matches!(event, Ok(watcher::Event::InitDone)) {
+                    all_listed.send_replace(true);
+                }
+            })
             .applied_objects()
             .boxed(),
         pods: watcher(pod_api, labelled)
@@ -264,6 +270,7 @@ fn watch(client: &Client, namespace: Option<String>) -> Watched {
         scope: Scope {
             namespace,
             services,
+            listed,
             pods,
         },
     }

@@ -9,6 +9,7 @@ use kube::core::DeserializeGuard;
 use kube::runtime::reflector::Store;
 use kube::runtime::utils::Backoff;
 use stoker_api::{InferenceService, names};
+use tokio::sync::watch;
 
 use crate::scaling::Key;
 
@@ -21,6 +22,8 @@ pub struct Scope {
     /// `None`: all namespaces.
     pub namespace: Option<String>,
     pub services: Store<Guarded>,
+    /// Whether all services have been listed. (The store's own wait is for one: its controller.)
+    pub listed: watch::Receiver<bool>,
     pub pods: Store<Pod>,
 }
 
@@ -30,6 +33,14 @@ pub struct Stores(Arc<Vec<Scope>>);
 impl Stores {
     pub fn new(scopes: Vec<Scope>) -> Self {
         Stores(Arc::new(scopes))
+    }
+
+    /// Until everything has been listed once. Ends early only while the process ends.
+    pub async fn listed(&self) {
+        for scope in self.0.iter() {
+            let _ = scope.listed.clone().wait_for(|listed| *listed).await;
+            let _ = scope.pods.wait_until_ready().await;
+        }
     }
 
     /// All objects that can be read.

@@ -124,6 +124,7 @@ fn context() -> (Context, Arc<Mutex<Fake>>, mpsc::UnboundedReceiver<Key>) {
     let scope = Scope {
         namespace: None,
         services,
+        listed: tokio::sync::watch::channel(true).1,
         pods,
     };
     let (context, woken) = context_of(client, Stores::new(vec![scope]));
@@ -392,6 +393,7 @@ async fn neither_a_bad_object_nor_a_stale_watch_stops_the_others() {
     let scope = Scope {
         namespace: None,
         services,
+        listed: tokio::sync::watch::channel(true).1,
         pods,
     };
     let (context, _woken) = context_of(client.clone(), Stores::new(vec![scope.clone()]));

@@ -85,6 +85,11 @@ pub async fn run(
     board: Arc<Board>,
     caller: Arc<Caller>,
 ) {
+    // A table of half of what there is would send requests away.
+    stores.listed().await;
+    for store in &addresses {
+        let _ = store.wait_until_ready().await;
+    }
     let begun = Instant::now();
     let (table, told) = watch::channel(None);
     let mut links: HashMap<String, JoinHandle<()>> = HashMap::new();
