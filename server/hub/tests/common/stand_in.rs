@@ -77,6 +77,8 @@ struct State {
     faults: Vec<(String, usize, Fault)>,
     seen: Vec<Seen>,
     down: bool,
+    /// Where redirects lead instead of the second port.
+    other_storage: Option<String>,
 }
 
 #[derive(Clone)]
@@ -156,6 +158,16 @@ impl StandIn {
     /// The next `times` requests whose path has this part get the fault.
     pub fn fault(&self, part: &str, times: usize, fault: Fault) {
         self.change(|state| state.faults.push((part.to_owned(), times, fault)));
+    }
+
+    /// Where redirects lead.
+    pub fn storage(&self) -> String {
+        self.storage.clone()
+    }
+
+    /// Has redirects lead elsewhere.
+    pub fn set_storage(&self, url: &str) {
+        self.change(|state| state.other_storage = Some(url.to_owned()));
     }
 
     /// Cuts every connection from now on.
@@ -367,11 +379,12 @@ impl StandIn {
             let sum = hex(&Sha256::digest(content));
             let size = repository.claimed.get(path).copied();
             let size = size.unwrap_or(content.len() as u64);
+            let storage = state.other_storage.as_ref().unwrap_or(&self.storage);
             let mut answer = Answer::plain(302, "Found. Redirecting");
             answer.headers.extend([
                 (
                     "location".into(),
-                    format!("{}/{sum}?signature=s3cr3t", self.storage),
+                    format!("{storage}/{sum}?signature=s3cr3t"),
                 ),
                 ("x-linked-etag".into(), format!("\"{sum}\"")),
                 ("x-linked-size".into(), size.to_string()),
