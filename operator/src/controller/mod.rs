@@ -239,7 +239,7 @@ async fn reconcile_service(
     let desired = context.board.desired(service, observed.deployment.as_ref());
 
     // 2. Validate what no single object can state.
-    let source = match validate::validate(service, &observed) {
+    let source = match validate::validate(service, &observed, &context.settings) {
         Ok(source) => source,
         Err(Refusal::NotYet(message)) => {
             debug!(name = service.name_any(), message, "waiting");

@@ -54,7 +54,7 @@ fn options(hub: &StandIn, cache: &Path) -> Options {
         cache: cache.to_owned(),
         patience: Patience {
             connect: Duration::from_secs(5),
-            stall: Duration::from_millis(500),
+            stall: Duration::from_secs(4),
             attempts: 4,
             first_pause: Duration::from_millis(10),
             longest_pause: Duration::from_millis(50),
@@ -286,11 +286,9 @@ async fn lasting_errors_end_with_the_number_of_tries() {
 async fn a_stalled_connection_counts_as_cut() {
     let (hub, cache) = (hub(), tempfile::tempdir().unwrap());
     hub.fault("?signature", 1, Fault::Stall(100_000));
-    assert_complete(
-        &get("hf://test/tiny", &options(&hub, cache.path()))
-            .await
-            .unwrap(),
-    );
+    let mut options = options(&hub, cache.path());
+    options.patience.stall = Duration::from_millis(500);
+    assert_complete(&get("hf://test/tiny", &options).await.unwrap());
     assert!(hub.seen().iter().any(|seen| seen.from > 0));
 }
 
@@ -316,12 +314,9 @@ async fn what_isnt_there_is_said() {
         ),
         ("hf://test/ggufs/c.gguf", &["no file c.gguf"]),
     ] {
-        let started = Instant::now();
+        let before = hub.seen().len();
         assert_error(get(source, &options).await, parts);
-        assert!(
-            started.elapsed() < Duration::from_secs(2),
-            "{source} was retried"
-        );
+        assert_eq!(hub.seen().len(), before + 1, "{source} was retried");
     }
     let path = get("hf://test/ggufs/b.Q8.gguf", &options).await.unwrap();
     assert_eq!(fs::read(path).unwrap(), [2]);
@@ -389,8 +384,15 @@ async fn a_fetch_that_is_stopped_leaves_its_lock_and_its_bytes() {
     let (hub, cache) = (hub(), tempfile::tempdir().unwrap());
     let options = options(&hub, cache.path());
     hub.fault("?signature", 2, Fault::Slow(100, Duration::from_millis(10)));
-    let stopped = tokio::time::timeout(Duration::from_millis(400), get("hf://test/tiny", &options));
-    assert!(stopped.await.is_err(), "it was over too early");
+    let half = async {
+        while hub.sent() < WEIGHTS / 2 {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    };
+    tokio::select! {
+        _ = get("hf://test/tiny", &options) => unreachable!("it was over too early"),
+        () = half => {}
+    }
     assert_complete(&get("hf://test/tiny", &options).await.unwrap());
     assert!(hub.seen().iter().any(|seen| seen.from > 0), "it began anew");
 }

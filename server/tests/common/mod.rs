@@ -48,6 +48,8 @@ impl Server {
             .args(["--log-format", "json"])
             .args(flags)
             .env_remove("POD_UID")
+            .env_remove("HF_ENDPOINT")
+            .env_remove("HF_TOKEN")
             .envs(environment.iter().copied())
             .stdout(Stdio::null())
             .stderr(Stdio::piped());
@@ -200,6 +202,8 @@ pub fn run_to_end_with(flags: &[&str], environment: &[(&str, &str)]) -> (i32, St
     let mut child = Command::new(env!("CARGO_BIN_EXE_stoker-server"))
         .args(flags)
         .env_remove("POD_UID")
+        .env_remove("HF_ENDPOINT")
+        .env_remove("HF_TOKEN")
         .envs(environment.iter().copied())
         .stdout(Stdio::null())
         .stderr(Stdio::piped())
