@@ -47,6 +47,15 @@ pub struct RunArgs {
     )]
     pub image_pull_policy: PullPolicy,
 
+    /// Base URL of the Hugging Face hub that hf:// sources mean; without it they are refused.
+    #[arg(long, env = "STOKER_HUB_ENDPOINT", value_name = "URL")]
+    pub hub_endpoint: Option<String>,
+
+    /// Directory of the nodes in which their pods share downloaded models; without it each pod
+    /// downloads its own.
+    #[arg(long, env = "STOKER_MODEL_CACHE_HOST_PATH", value_name = "PATH")]
+    pub model_cache_host_path: Option<String>,
+
     /// Port of /metrics, /healthz and /readyz.
     #[arg(long, env = "STOKER_METRICS_PORT", default_value_t = 8080)]
     pub metrics_port: u16,

@@ -128,6 +128,8 @@ async fn start(
             server_image: args.server_image.clone(),
             image_pull_policy: args.image_pull_policy.as_str().to_owned(),
             control_public_pem: key.public_pem().to_owned(),
+            hub_endpoint: given(&args.hub_endpoint),
+            model_cache_host_path: given(&args.model_cache_host_path),
         },
         Recorder::new(client.clone(), reporter),
         routing.clone(),
@@ -279,6 +281,11 @@ fn watch(client: &Client, namespace: Option<String>) -> Watched {
 /// Managed fields are half of an object, and nobody here reads them.
 fn slim<K: Resource>(object: &mut K) {
     object.managed_fields_mut().clear();
+}
+
+/// An empty environment variable is none.
+fn given(text: &Option<String>) -> Option<String> {
+    text.clone().filter(|text| !text.is_empty())
 }
 
 fn port(number: i32) -> anyhow::Result<u16> {

@@ -6,6 +6,7 @@ use std::path::PathBuf;
 
 use clap::{Parser, ValueEnum};
 use stoker_engine::Profile;
+use stoker_hub::ModelSource;
 use thiserror::Error;
 
 use crate::objectives::{Objectives, ObjectivesError};
@@ -14,9 +15,24 @@ use crate::objectives::{Objectives, ObjectivesError};
 #[derive(Clone, Debug, Parser)]
 #[command(name = "stoker-server", version, about, max_term_width = 100)]
 pub struct Args {
-    /// GGUF file of the model (not needed with --device simulated)
-    #[arg(long, env = "STOKER_MODEL", value_name = "PATH")]
-    pub model: Option<PathBuf>,
+    /// The model: a GGUF file, the folder of a Hugging Face checkpoint,
+    /// hf://<org>/<name>[/<file>.gguf][@<revision>] or https://<host>/<path>.gguf (not needed with
+    /// --device simulated)
+    #[arg(long, env = "STOKER_MODEL", value_name = "MODEL")]
+    pub model: Option<ModelSource>,
+
+    /// Base URL of the Hugging Face hub that hf:// means. A token for gated and private models is
+    /// read from the environment variable HF_TOKEN
+    #[arg(long, env = "HF_ENDPOINT", value_name = "URL")]
+    pub hub_endpoint: Option<String>,
+
+    /// Directory that keeps downloaded models; servers may share it [default: ~/.cache/stoker/hub]
+    #[arg(long, env = "STOKER_MODEL_CACHE", value_name = "DIR")]
+    pub model_cache: Option<PathBuf>,
+
+    /// Make this directory, give it to the user of Stoker's images (65532) and exit
+    #[arg(long, env = "STOKER_PREPARE_MODEL_CACHE", value_name = "DIR")]
+    pub prepare_model_cache: Option<PathBuf>,
 
     /// Name that requests use for the model [default: the file's name, or simulated-<profile>]
     #[arg(long, env = "STOKER_SERVED_MODEL_NAME", value_name = "NAME")]
@@ -194,7 +210,9 @@ pub enum ArgsError {
         "--device cuda: this build has no CUDA kernels; use --device cpu, or --device simulated"
     )]
     NoCuda,
-    #[error("--model is missing; give the path of a GGUF file (or use --device simulated)")]
+    #[error(
+        "--model is missing; give a GGUF file, the folder of a checkpoint, hf://<org>/<name> or a URL (or use --device simulated)"
+    )]
     NoModel,
     #[error("--model {path}: {source}")]
     Model {
@@ -221,7 +239,9 @@ impl Args {
         match (self.device, &self.model) {
             (Device::Cuda, _) => return Err(ArgsError::NoCuda),
             (Device::Cpu, None) => return Err(ArgsError::NoModel),
-            (Device::Cpu, Some(path)) => {
+            // What is to be downloaded is looked at then.
+            (Device::Cpu, Some(ModelSource::Hub(_) | ModelSource::Url(_))) => {}
+            (Device::Cpu, Some(ModelSource::Path(path))) => {
                 std::fs::File::open(path).map_err(|source| ArgsError::Model {
                     path: path.clone(),
                     source,
@@ -274,10 +294,7 @@ impl Args {
             (None, Device::Simulated, _) | (None, _, None) => {
                 format!("simulated-{}", self.profile().name)
             }
-            (None, _, Some(path)) => path.file_stem().map_or_else(
-                || path.display().to_string(),
-                |s| s.to_string_lossy().into_owned(),
-            ),
+            (None, _, Some(source)) => source.name(),
         }
     }
 
@@ -334,6 +351,8 @@ mod tests {
             "--max-waiting 0",
             "--port 70000",
             "--device tpu",
+            "--model hf://name-alone",
+            "--model s3://bucket/m.gguf",
         ] {
             let words = format!("stoker-server {line}");
             assert!(
@@ -366,5 +385,6 @@ mod tests {
         assert_eq!(args("--device simulated").model_name(), "simulated-t4");
         assert_eq!(args("--model /m/Smol.Q4_1.gguf").model_name(), "Smol.Q4_1");
         assert_eq!(args("--served-model-name a --model x").model_name(), "a");
+        assert_eq!(args("--model hf://org/name@v1").model_name(), "org/name");
     }
 }

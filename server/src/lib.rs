@@ -6,6 +6,7 @@
 mod app;
 pub mod args;
 mod control;
+pub mod download;
 mod engine;
 mod http;
 mod lifecycle;

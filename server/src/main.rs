@@ -11,6 +11,15 @@ const FAILURE: u8 = 1;
 
 fn main() -> ExitCode {
     let args = Args::parse();
+    if let Some(folder) = &args.prepare_model_cache {
+        return match stoker_server::download::prepare_cache(folder) {
+            Ok(()) => ExitCode::SUCCESS,
+            Err(error) => {
+                eprintln!("error: {error}");
+                ExitCode::from(FAILURE)
+            }
+        };
+    }
     if let Err(error) = args.validate().and_then(|()| start_log(&args)) {
         eprintln!("error: {error}");
         return ExitCode::from(USAGE);

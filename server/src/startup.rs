@@ -5,22 +5,28 @@ use std::time::Duration;
 
 use stoker_engine::executor::{Capacity, Executor, ExecutorError};
 use stoker_engine::{EngineConfig, Limits, RealClock, SimulatedExecutor, calibrate};
+use stoker_hub::HubError;
 use stoker_model::{ChatTemplate, KvMemory, LoadError, LoadOptions, LoadedModel, Tokenizer};
 use thiserror::Error;
 
 use crate::app::{App, Serving};
 use crate::args::{Args, Device};
+use crate::download::{self, LocalModel};
 use crate::engine::{EngineHandle, EngineStart};
 use crate::objectives::ObjectivesError;
 
 /// Share of the progress that loading takes; timing the device takes the rest.
-const LOAD_SHARE: f64 = 0.95;
+pub const LOAD_SHARE: f64 = 0.95;
 
 /// New tokens of a chat answer of the simulated device, which never ends one by itself.
 const SIMULATED_CHAT_TOKENS: u32 = 256;
 
 #[derive(Debug, Error)]
 pub enum StartError {
+    #[error("getting the model failed: {0}")]
+    Fetch(#[from] HubError),
+    #[error("getting the model failed: its async runtime can't be started: {0}")]
+    Runtime(std::io::Error),
     #[error("loading the model failed: {0}")]
     Load(#[from] LoadError),
     #[error("timing the device failed: {0}")]
@@ -40,6 +46,9 @@ pub enum StartError {
 impl StartError {
     /// Whether other flags would have helped.
     pub fn is_usage(&self) -> bool {
+        if let Self::Fetch(error) = self {
+            return error.is_usage();
+        }
         matches!(
             self,
             Self::Load(
@@ -67,7 +76,7 @@ pub fn start(args: &Args, app: &Arc<App>) -> Result<(), StartError> {
     let mut loaded = match args.device {
         Device::Simulated => load_simulated(args, app, clock)?,
         // The command line has been checked: other devices are not in this build.
-        Device::Cpu | Device::Cuda => load_cpu(args, app)?,
+        Device::Cpu | Device::Cuda => load_cpu(args, app, &download::obtain(args, app)?)?,
     };
     app.lifecycle.set_progress(LOAD_SHARE);
     let prior = calibrate(&mut *loaded.executor)?;
@@ -153,8 +162,7 @@ fn load_simulated(args: &Args, app: &App, clock: RealClock) -> Result<Loaded, St
     })
 }
 
-fn load_cpu(args: &Args, app: &App) -> Result<Loaded, StartError> {
-    let path = args.model.as_deref().ok_or(StartError::NoModel)?;
+fn load_cpu(args: &Args, app: &App, local: &LocalModel) -> Result<Loaded, StartError> {
     let defaults = LoadOptions::default();
     let options = LoadOptions {
         max_model_len: args.max_model_len,
@@ -169,9 +177,10 @@ fn load_cpu(args: &Args, app: &App) -> Result<Loaded, StartError> {
             .max_num_batched_tokens
             .max(args.max_num_batched_tokens),
     };
-    let model = LoadedModel::load(path, &options, &|progress| {
+    let model = LoadedModel::load(&local.path, &options, &|progress| {
+        let loaded = f64::from(progress.percent) / 100.0;
         app.lifecycle
-            .set_progress(LOAD_SHARE * f64::from(progress.percent) / 100.0);
+            .set_progress(local.progress + (LOAD_SHARE - local.progress) * loaded);
     })?;
     tracing::info!(
         name = model.info.name.as_deref().unwrap_or(""),

@@ -29,6 +29,8 @@ pub mod reasons {
     pub const NO_REPLICA_ANSWERS: &str = "NoReplicaAnswers";
     pub const SCALED_TO_ZERO: &str = "ScaledToZero";
     pub const INVALID_SPEC: &str = "InvalidSpec";
+    /// An hf:// source, and the operator knows no hub.
+    pub const HUB_NOT_CONFIGURED: &str = "HubNotConfigured";
     pub const NAME_TAKEN: &str = "NameTaken";
     pub const APPLY_FAILED: &str = "ApplyFailed";
     pub const API_KEYS_UNREADABLE: &str = "ApiKeysUnreadable";

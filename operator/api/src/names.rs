@@ -28,6 +28,13 @@ pub const CONTROL_MOUNT_PATH: &str = "/etc/stoker/control";
 /// Where [`MODEL_VOLUME`] is mounted; the CRD refuses other mounts at or under /var/lib/stoker.
 pub const MODEL_MOUNT_PATH: &str = "/var/lib/stoker/model";
 
+/// Downloaded models: a directory of the node that its pods share, or the pod's own.
+pub const CACHE_VOLUME: &str = "stoker-cache";
+/// Where [`CACHE_VOLUME`] is mounted.
+pub const CACHE_MOUNT_PATH: &str = "/var/lib/stoker/cache";
+/// The container that makes a node's directory writable for the server.
+pub const CACHE_CONTAINER: &str = "model-cache";
+
 /// Secret in the operator's namespace that holds the key pair which signs control tokens.
 pub const CONTROL_KEY_SECRET: &str = "stoker-control-key";
 pub const PRIVATE_KEY: &str = "private.pem";

@@ -111,7 +111,7 @@ use crate::status::InferenceServiceStatus;
         .message("engine.device cpu would leave the GPU of resources.accelerator idle: remove resources.accelerator, or set engine.device: cuda")
         .field_path(".engine.device"),
     validation = Rule::new("self.engine.device == 'simulated' || has(self.model.source)")
-        .message("model.source is required: set it to pvc://<claim>/<path of the .gguf file>, or set engine.device: simulated to run without a model")
+        .message("model.source is required: set it to hf://<org>/<name>, pvc://<claim>/<path> or another source, or set engine.device: simulated to run without a model")
         .field_path(".model"),
     validation = Rule::new("self.engine.device != 'simulated' || !has(self.model.source)")
         .message("engine.device simulated reads no model: remove model.source, or set engine.device to cpu or cuda")
@@ -162,15 +162,18 @@ pub struct InferenceServiceSpec {
 #[derive(KubeSchema, Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 #[x_kube(
-    validation = Rule::new("!has(self.source) || self.source.matches('^(pvc://[a-z0-9]([-a-z0-9.]*[a-z0-9])?|file://)/[A-Za-z0-9._/@+=:-]+$')")
-        .message("model.source must be pvc://<claim>/<path> or file:///<absolute path>, with letters, digits and ._/@+=:- in the path; hf://, oci:// and https:// are not supported in this version: put the file on a PersistentVolumeClaim")
+    validation = Rule::new("!has(self.source) || self.source.matches('^(pvc://[a-z0-9]([-a-z0-9.]*[a-z0-9])?|file://)/[A-Za-z0-9._/@+=:-]+$') || self.source.matches('^hf://[A-Za-z0-9_-][A-Za-z0-9._-]*/[A-Za-z0-9_-][A-Za-z0-9._-]*(/[A-Za-z0-9._/-]+[.]gguf)?(@[A-Za-z0-9_-][A-Za-z0-9._/-]*)?$') || self.source.matches('^https://[A-Za-z0-9.-]+(:[0-9]+)?/[A-Za-z0-9._/@+=:~%-]+[.]gguf$')")
+        .message("model.source must be pvc://<claim>/<path>, file:///<absolute path>, hf://<org>/<name>[/<file>.gguf][@<revision>] or https://<host>/<path>.gguf, with letters, digits and ._/@+=:- in the path; oci:// is not supported in this version")
         .field_path(".source"),
     validation = Rule::new("!has(self.source) || !self.source.matches('/[.][.]?(/|$)')")
         .message("model.source must not hold . or .. as a part of its path: write the path out")
         .field_path(".source"),
+    validation = Rule::new("!has(self.secretRef) || (has(self.source) && self.source.startsWith('hf://'))")
+        .message("model.secretRef is the token for a hub: remove it, or set model.source to hf://<org>/<name>")
+        .field_path(".secretRef"),
 )]
 pub struct Model {
-    /// Where the weights are: `pvc://claim/path/model.gguf` (a PersistentVolumeClaim in the same namespace, mounted read-only) or `file:///path/model.gguf` (in the image or on a volume of spec.pod). Left out when engine.device is simulated.
+    /// Where the weights are: `hf://org/name@revision` (a repository of the hub that the chart's hub.endpoint names; `hf://org/name/file.gguf` takes one file of it), `https://host/path/model.gguf`, `pvc://claim/path` (a PersistentVolumeClaim in the same namespace, mounted read-only) or `file:///path` (in the image or on a volume of spec.pod). Paths lead to a GGUF file or to the folder of a Hugging Face checkpoint. Left out when engine.device is simulated.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schemars(length(min = 1, max = 512))]
     pub source: Option<String>,
@@ -182,6 +185,27 @@ pub struct Model {
         regex(pattern = "^[A-Za-z0-9]([A-Za-z0-9._:/-]*[A-Za-z0-9])?$")
     )]
     pub served_name: Option<String>,
+
+    /// Key of a Secret with the hub's token, for gated and private models.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub secret_ref: Option<TokenSecret>,
+}
+
+/// A token in a Secret of the same namespace.
+#[derive(KubeSchema, Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct TokenSecret {
+    /// Name of the Secret.
+    #[schemars(
+        length(min = 1, max = 253),
+        regex(pattern = "^[a-z0-9]([-a-z0-9.]*[a-z0-9])?$")
+    )]
+    pub name: String,
+
+    /// Key of the token in the Secret.
+    #[serde(default = "token")]
+    #[schemars(length(min = 1, max = 253), regex(pattern = "^[-._a-zA-Z0-9]+$"))]
+    pub key: String,
 }
 
 /// What each replica asks the scheduler for.
@@ -233,6 +257,10 @@ fn one() -> i32 {
     1
 }
 
+fn token() -> String {
+    "token".to_owned()
+}
+
 fn nvidia_gpu() -> String {
     "nvidia.com/gpu".to_owned()
 }
@@ -244,6 +272,10 @@ pub enum ModelSource {
     Claim { claim: String, path: String },
     /// A file that the server's container sees at this absolute path.
     File { path: String },
+    /// A model of a hub, as `hf://…`: the server downloads it.
+    Hub { reference: String },
+    /// A file of a web server, which the server downloads.
+    Url { url: String },
 }
 
 impl Model {
@@ -265,12 +297,27 @@ impl Model {
                 path: path.to_owned(),
             }));
         }
+        if let Some(rest) = source.strip_prefix("hf://")
+            && rest
+                .split_once('/')
+                .is_some_and(|(org, name)| !org.is_empty() && !name.is_empty())
+        {
+            return Ok(Some(ModelSource::Hub {
+                reference: source.to_owned(),
+            }));
+        }
+        if source.starts_with("https://") && source.ends_with(".gguf") {
+            return Ok(Some(ModelSource::Url {
+                url: source.to_owned(),
+            }));
+        }
         match source.strip_prefix("file://") {
             Some(path) if path.starts_with('/') && path.len() > 1 => Ok(Some(ModelSource::File {
                 path: path.to_owned(),
             })),
             _ => Err(format!(
-                "model.source is {source:?}, but must be pvc://<claim>/<path> or file:///<absolute path>"
+                "model.source is {source:?}, but must be pvc://<claim>/<path>, file:///<absolute path>, \
+                 hf://<org>/<name>[@<revision>] or https://<host>/<path>.gguf"
             )),
         }
     }
@@ -291,7 +338,7 @@ mod tests {
         let source = Some(source.to_owned());
         Model {
             source,
-            served_name: None,
+            ..Model::default()
         }
         .parse_source()
     }
@@ -307,6 +354,16 @@ mod tests {
             path: "/models/3b.gguf".to_owned(),
         };
         assert_eq!(parse("file:///models/3b.gguf"), Ok(Some(file)));
+        let hub = "hf://org/name@refs/pr/1";
+        let expected = ModelSource::Hub {
+            reference: hub.to_owned(),
+        };
+        assert_eq!(parse(hub), Ok(Some(expected)));
+        let url = "https://files.example/m.gguf";
+        let expected = ModelSource::Url {
+            url: url.to_owned(),
+        };
+        assert_eq!(parse(url), Ok(Some(expected)));
         assert_eq!(Model::default().parse_source(), Ok(None));
     }
 
@@ -320,7 +377,11 @@ mod tests {
             "pvc:///3b.gguf",
             "file://3b.gguf",
             "file:///",
-            "hf://org/name",
+            "hf://org",
+            "hf:///name",
+            "https://files.example/m.bin",
+            "http://files.example/m.gguf",
+            "oci://registry/model",
             "/models/3b.gguf",
         ] {
             let error = parse(source).unwrap_err();

@@ -106,10 +106,16 @@ pub fn diagnose(pod: &Pod, outlook: Option<&PodOutlook>, now: Timestamp) -> PodS
             words: words.unwrap_or_else(|| condition.reason.clone().unwrap_or_default()),
         };
     }
-    let statuses = pod
-        .status
-        .as_ref()
-        .and_then(|s| s.container_statuses.as_ref());
+    let status = pod.status.as_ref();
+    let first = status.and_then(|s| s.init_container_statuses.as_ref());
+    if let Some(stuck) = first
+        .into_iter()
+        .flatten()
+        .find_map(|s| init_failure(&name, s, now))
+    {
+        return stuck;
+    }
+    let statuses = status.and_then(|s| s.container_statuses.as_ref());
     let server = statuses
         .into_iter()
         .flatten()
@@ -139,6 +145,15 @@ pub fn diagnose(pod: &Pod, outlook: Option<&PodOutlook>, now: Timestamp) -> PodS
     }
     PodState::Starting {
         message: starting(&name, server),
+    }
+}
+
+/// An init container that ended well is over.
+fn init_failure(name: &str, container: &ContainerStatus, now: Timestamp) -> Option<PodState> {
+    let ended = container.state.as_ref().and_then(|s| s.terminated.as_ref());
+    match ended {
+        Some(ended) if ended.exit_code == 0 => None,
+        _ => stuck(name, container, now),
     }
 }
 
@@ -286,6 +301,32 @@ mod tests {
             PodState::Stuck { reason, message } => (reason, message),
             other => panic!("{other:?}"),
         }
+    }
+
+    #[test]
+    fn an_init_container_that_fails_is_told_and_one_that_is_over_isnt() {
+        let with_init = |code: i32| {
+            let mut pod = pod(
+                json!([]),
+                json!({"state": {"waiting": {"reason": "PodInitializing"}}}),
+            );
+            let ended = json!({"exitCode": code, "reason": "Error",
+                "message": "error: the model cache can't be used"});
+            let init = json!([{"name": "model-cache", "image": "i", "imageID": "", "ready": false,
+                "restartCount": 1, "state": {"terminated": ended}}]);
+            let status = pod.status.as_mut().unwrap();
+            status.init_container_statuses = serde_json::from_value(init).unwrap();
+            at(&pod, None)
+        };
+        let PodState::Stuck { reason, message } = with_init(1) else {
+            panic!("not stuck");
+        };
+        assert_eq!(reason, "CrashLoop");
+        assert!(
+            message.contains("the model cache can't be used"),
+            "{message}"
+        );
+        assert!(matches!(with_init(0), PodState::Starting { .. }));
     }
 
     #[test]

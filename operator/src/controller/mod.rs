@@ -256,7 +256,8 @@ async fn reconcile_service(
     let desired = context.board.desired(service, observed.deployment.as_ref());
 
     // 2. Validate what no single object can state.
-    let source = match validate::validate(service, &observed, context.routing.is_some()) {
+    let routed = context.routing.is_some();
+    let source = match validate::validate(service, &observed, &context.settings, routed) {
         Ok(source) => source,
         Err(Refusal::NotYet(message)) => {
             debug!(name = service.name_any(), message, "waiting");

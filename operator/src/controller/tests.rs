@@ -137,6 +137,8 @@ fn context_of(client: Client, stores: Stores) -> (Context, mpsc::UnboundedReceiv
         server_image: "server:1".to_owned(),
         image_pull_policy: "IfNotPresent".to_owned(),
         control_public_pem: "key".to_owned(),
+        hub_endpoint: None,
+        model_cache_host_path: None,
     };
     let reporter = Reporter {
         controller: "stoker-operator".to_owned(),

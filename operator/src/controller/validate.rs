@@ -1,4 +1,5 @@
-//! Step 2: what the CRD's rules can't check: whose the names are that the service needs.
+//! Step 2: what the CRD's rules can't check: whose the names are that the service needs, and
+//! whether there is a hub.
 
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use kube::{Resource, ResourceExt};
@@ -6,7 +7,7 @@ use stoker_api::conditions::reasons;
 use stoker_api::{InferenceService, ModelSource, ScalingMode, names};
 
 use super::read::Observed;
-use crate::resources::MANAGED_BY;
+use crate::resources::{HUB_ENDPOINT_ENV, MANAGED_BY, Settings};
 
 /// Why nothing is applied, for the conditions.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -25,6 +26,7 @@ pub enum Refusal {
 pub fn validate(
     service: &InferenceService,
     observed: &Observed,
+    settings: &Settings,
     routed: bool,
 ) -> Result<Option<ModelSource>, Refusal> {
     if !routed {
@@ -36,12 +38,27 @@ pub fn validate(
     check(service, observed.endpoint_slice.as_ref())?;
     check(service, observed.disruption_budget.as_ref())?;
     check(service, observed.deployment.as_ref())?;
-    service.spec.model.parse_source().map_err(|message| {
+    let source = service.spec.model.parse_source().map_err(|message| {
         Refusal::Problem(Problem {
             reason: reasons::INVALID_SPEC,
             message,
         })
-    })
+    })?;
+    let mut env = service.spec.pod.env.iter();
+    if let Some(ModelSource::Hub { reference }) = &source
+        && settings.hub_endpoint.is_none()
+        && !env.any(|variable| variable.name == HUB_ENDPOINT_ENV)
+    {
+        return Err(Refusal::Problem(Problem {
+            reason: reasons::HUB_NOT_CONFIGURED,
+            message: format!(
+                "model.source {reference} needs a hub, and the operator knows none: set the \
+                 chart's value hub.endpoint to the hub's URL, or {HUB_ENDPOINT_ENV} in \
+                 spec.pod.env"
+            ),
+        }));
+    }
+    Ok(source)
 }
 
 /// What only the router can do must not be promised without one.
@@ -109,6 +126,7 @@ mod tests {
     use serde_json::{Value, json};
 
     use super::*;
+    use crate::resources::tests::settings;
 
     fn refusal(metadata: Value) -> Result<(), Refusal> {
         let service: InferenceService = serde_json::from_value(json!({
@@ -121,7 +139,38 @@ mod tests {
             service: Some(existing),
             ..Observed::default()
         };
-        validate(&service, &observed, false).map(|_| ())
+        validate(&service, &observed, &settings(), false).map(|_| ())
+    }
+
+    #[test]
+    fn a_model_of_a_hub_needs_a_hub() {
+        let service = |env: Value| -> InferenceService {
+            serde_json::from_value(json!({
+                "metadata": {"name": "chat", "namespace": "ns", "uid": "u"},
+                "spec": {"model": {"source": "hf://org/name"}, "engine": {"device": "cpu"},
+                    "pod": {"env": env}},
+            }))
+            .unwrap()
+        };
+        let validate = |service: &InferenceService, settings: &Settings| {
+            validate(service, &Observed::default(), settings, false)
+        };
+        let Err(Refusal::Problem(problem)) = validate(&service(json!([])), &settings()) else {
+            panic!("accepted without a hub");
+        };
+        assert_eq!(problem.reason, "HubNotConfigured");
+        assert!(
+            problem.message.contains("hub.endpoint"),
+            "{}",
+            problem.message
+        );
+        let own = json!([{"name": "HF_ENDPOINT", "value": "https://hub.example"}]);
+        assert!(validate(&service(own), &settings()).is_ok());
+        let with_hub = Settings {
+            hub_endpoint: Some("https://hub.example".to_owned()),
+            ..settings()
+        };
+        assert!(validate(&service(json!([])), &with_hub).is_ok());
     }
 
     fn owner(kind: &str, name: &str, uid: &str) -> Value {

@@ -6,6 +6,7 @@ mod config_map;
 mod deployment;
 mod disruption_budget;
 pub mod endpoint_slice;
+mod download;
 mod pod_template;
 pub mod service;
 mod service_account;
@@ -20,6 +21,8 @@ use k8s_openapi::api::policy::v1::PodDisruptionBudget;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{LabelSelector, ObjectMeta, OwnerReference};
 use kube::Resource;
 use stoker_api::{InferenceService, InferenceServiceSpec, ModelSource, names};
+
+pub use download::HUB_ENDPOINT_ENV;
 
 pub const MANAGED_BY: &str = "app.kubernetes.io/managed-by";
 
@@ -46,6 +49,10 @@ pub struct Settings {
     pub image_pull_policy: String,
     /// The public half of the control key, PEM.
     pub control_public_pem: String,
+    /// Base URL of the hub that hf:// means, if there is one.
+    pub hub_endpoint: Option<String>,
+    /// Directory of the nodes in which their pods share downloaded models.
+    pub model_cache_host_path: Option<String>,
 }
 
 /// Everything that one service owns.
@@ -92,6 +99,12 @@ impl Blueprint<'_> {
         }
     }
 
+    /// The server's image.
+    fn image(&self) -> &str {
+        let own = self.spec.pod.image.as_ref();
+        own.unwrap_or(&self.settings.server_image)
+    }
+
     fn labels(&self) -> BTreeMap<String, String> {
         let label = |key: &str, value: &str| (key.to_owned(), value.to_owned());
         BTreeMap::from([
@@ -126,4 +139,4 @@ impl Blueprint<'_> {
 
 #[cfg(test)]
 #[path = "tests.rs"]
-mod tests;
+pub(crate) mod tests;

@@ -14,7 +14,8 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use k8s_openapi::apimachinery::pkg::util::intstr::IntOrString;
 use stoker_api::{ModelSource, names};
 
-use super::Blueprint;
+use super::download::Download;
+use super::{Blueprint, download};
 
 /// Served on after the pod was told to go: endpoints are removed asynchronously.
 const PRE_STOP_SECONDS: i64 = 5;
@@ -28,6 +29,7 @@ const NON_ROOT: i64 = 65532;
 
 pub fn build(blueprint: &Blueprint<'_>) -> PodTemplateSpec {
     let pod = &blueprint.spec.pod;
+    let download = download::build(blueprint);
     let mut labels = pod.labels.clone();
     labels.extend(blueprint.labels());
     PodTemplateSpec {
@@ -51,8 +53,9 @@ pub fn build(blueprint: &Blueprint<'_>) -> PodTemplateSpec {
                 }),
                 ..PodSecurityContext::default()
             }),
-            containers: vec![container(blueprint)],
-            volumes: Some(volumes(blueprint)),
+            init_containers: download.init_container.clone().map(|c| vec![c]),
+            containers: vec![container(blueprint, &download)],
+            volumes: Some(volumes(blueprint, &download)),
             tolerations: non_empty_list(tolerations(blueprint)),
             image_pull_secrets: non_empty_list(pod.image_pull_secrets.clone()),
             node_selector: non_empty(pod.node_selector.clone()),
@@ -65,21 +68,20 @@ pub fn build(blueprint: &Blueprint<'_>) -> PodTemplateSpec {
     }
 }
 
-fn container(blueprint: &Blueprint<'_>) -> Container {
-    let pod = &blueprint.spec.pod;
+fn container(blueprint: &Blueprint<'_>, download: &Download) -> Container {
     let settings = blueprint.settings;
     Container {
         name: names::SERVER_CONTAINER.to_owned(),
-        image: Some(pod.image.clone().unwrap_or(settings.server_image.clone())),
+        image: Some(blueprint.image().to_owned()),
         image_pull_policy: Some(settings.image_pull_policy.clone()),
-        args: Some(args(blueprint)),
-        env: Some(env(blueprint)),
+        args: Some(args(blueprint, download)),
+        env: Some(env(blueprint, download)),
         ports: Some(vec![
             port(names::HTTP_PORT_NAME, names::HTTP_PORT),
             port(names::CONTROL_PORT_NAME, names::CONTROL_PORT),
         ]),
         resources: Some(resources(blueprint)),
-        volume_mounts: Some(volume_mounts(blueprint)),
+        volume_mounts: Some(volume_mounts(blueprint, download)),
         // The port answers while the model loads, so a start takes seconds even where loading takes
         // minutes: the readiness probe waits for the model.
         startup_probe: Some(probe("/health", 1, 3, 60)),
@@ -110,7 +112,7 @@ fn container(blueprint: &Blueprint<'_>) -> Container {
     }
 }
 
-fn args(blueprint: &Blueprint<'_>) -> Vec<String> {
+fn args(blueprint: &Blueprint<'_>, download: &Download) -> Vec<String> {
     let engine = &blueprint.spec.engine;
     let mut args = Vec::new();
     let mut set = |flag: &str, value: String| args.push(format!("{flag}={value}"));
@@ -123,7 +125,7 @@ fn args(blueprint: &Blueprint<'_>) -> Vec<String> {
             set("--model", format!("{}/{path}", names::MODEL_MOUNT_PATH));
         }
         Some(ModelSource::File { path }) => set("--model", path.clone()),
-        None => {}
+        Some(ModelSource::Hub { .. } | ModelSource::Url { .. }) | None => {}
     }
     let served_name = blueprint.spec.served_name(blueprint.name);
     set("--served-model-name", served_name.to_owned());
@@ -143,11 +145,12 @@ fn args(blueprint: &Blueprint<'_>) -> Vec<String> {
     if !engine.extra_args.iter().any(own_drain) {
         set(DRAIN_FLAG, DRAIN_SECONDS.to_string());
     }
+    args.extend(download.args.iter().cloned());
     args.extend(engine.extra_args.iter().cloned());
     args
 }
 
-fn env(blueprint: &Blueprint<'_>) -> Vec<EnvVar> {
+fn env(blueprint: &Blueprint<'_>, download: &Download) -> Vec<EnvVar> {
     let uid = EnvVar {
         name: "POD_UID".to_owned(),
         value_from: Some(EnvVarSource {
@@ -160,6 +163,7 @@ fn env(blueprint: &Blueprint<'_>) -> Vec<EnvVar> {
         ..EnvVar::default()
     };
     let mut env = vec![uid];
+    env.extend(download.env.iter().cloned());
     env.extend(blueprint.spec.pod.env.iter().cloned());
     env
 }
@@ -191,7 +195,7 @@ fn tolerations(blueprint: &Blueprint<'_>) -> Vec<Toleration> {
     own.into_iter().chain(theirs).collect()
 }
 
-fn volumes(blueprint: &Blueprint<'_>) -> Vec<Volume> {
+fn volumes(blueprint: &Blueprint<'_>, download: &Download) -> Vec<Volume> {
     let mut volumes = vec![Volume {
         name: names::CONTROL_VOLUME.to_owned(),
         config_map: Some(ConfigMapVolumeSource {
@@ -210,11 +214,12 @@ fn volumes(blueprint: &Blueprint<'_>) -> Vec<Volume> {
             ..Volume::default()
         });
     }
+    volumes.extend(download.volume.clone());
     volumes.extend(blueprint.spec.pod.volumes.iter().cloned());
     volumes
 }
 
-fn volume_mounts(blueprint: &Blueprint<'_>) -> Vec<VolumeMount> {
+fn volume_mounts(blueprint: &Blueprint<'_>, download: &Download) -> Vec<VolumeMount> {
     let read_only = |name: &str, path: &str| VolumeMount {
         name: name.to_owned(),
         mount_path: path.to_owned(),
@@ -225,6 +230,7 @@ fn volume_mounts(blueprint: &Blueprint<'_>) -> Vec<VolumeMount> {
     if let Some(ModelSource::Claim { .. }) = &blueprint.source {
         mounts.push(read_only(names::MODEL_VOLUME, names::MODEL_MOUNT_PATH));
     }
+    mounts.extend(download.mount.clone());
     mounts.extend(blueprint.spec.pod.volume_mounts.iter().cloned());
     mounts
 }

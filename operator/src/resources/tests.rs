@@ -8,10 +8,16 @@ pub(crate) fn settings() -> Settings {
         server_image: "stoker/server:0.1.0".to_owned(),
         image_pull_policy: "IfNotPresent".to_owned(),
         control_public_pem: "-----BEGIN PUBLIC KEY-----\n".to_owned(),
+        hub_endpoint: None,
+        model_cache_host_path: None,
     }
 }
 
 fn owned(spec: Value, replicas: u32) -> Owned {
+    owned_with(spec, replicas, &settings())
+}
+
+fn owned_with(spec: Value, replicas: u32, settings: &Settings) -> Owned {
     let spec: InferenceServiceSpec = serde_json::from_value(spec).unwrap();
     let blueprint = Blueprint {
         name: "smollm2",
@@ -19,7 +25,7 @@ fn owned(spec: Value, replicas: u32) -> Owned {
         uid: "0b1c-uid",
         source: spec.model.parse_source().unwrap(),
         spec: &spec,
-        settings: &settings(),
+        settings,
         replicas,
         routers: None,
     };
@@ -74,6 +80,80 @@ fn everything_a_pod_may_be_given() {
         3,
     );
     insta::assert_snapshot!(yaml(&owned));
+}
+
+#[test]
+fn a_gated_model_of_a_hub_in_the_nodes_cache() {
+    let settings = Settings {
+        hub_endpoint: Some("https://hub.example".to_owned()),
+        model_cache_host_path: Some("/var/cache/stoker".to_owned()),
+        ..settings()
+    };
+    let spec = json!({
+        "model": {"source": "hf://org/name@v1", "secretRef": {"name": "hub-token"}},
+        "engine": {"device": "cpu"},
+    });
+    insta::assert_snapshot!(yaml(&owned_with(spec, 1, &settings)));
+}
+
+#[test]
+fn a_file_of_a_web_server_goes_with_its_pod() {
+    let spec = json!({
+        "model": {"source": "https://files.example/m.gguf"},
+        "engine": {"device": "cpu"},
+    });
+    let pod = owned(spec, 1)
+        .deployment
+        .spec
+        .unwrap()
+        .template
+        .spec
+        .unwrap();
+    let args = pod.containers[0].args.clone().unwrap();
+    assert!(args.contains(&"--model=https://files.example/m.gguf".to_owned()));
+    assert!(args.contains(&"--model-cache=/var/lib/stoker/cache".to_owned()));
+    assert!(!args.iter().any(|arg| arg.starts_with("--hub-endpoint")));
+    assert_eq!(pod.init_containers, None);
+    let volumes = pod.volumes.unwrap();
+    let cache = volumes.iter().find(|v| v.name == "stoker-cache").unwrap();
+    assert!(cache.empty_dir.is_some() && cache.host_path.is_none());
+}
+
+/// A list that is applied must not name a variable twice.
+#[test]
+fn a_persons_own_hub_and_token_come_first() {
+    let settings = Settings {
+        hub_endpoint: Some("https://hub.example".to_owned()),
+        ..settings()
+    };
+    let spec = json!({
+        "model": {"source": "hf://org/name", "secretRef": {"name": "hub-token", "key": "t"}},
+        "engine": {"device": "cpu"},
+        "pod": {"env": [{"name": "HF_ENDPOINT", "value": "https://mirror.example"},
+            {"name": "HF_TOKEN", "value": "x"}]},
+    });
+    let pod = owned_with(spec, 1, &settings)
+        .deployment
+        .spec
+        .unwrap()
+        .template
+        .spec
+        .unwrap();
+    let server = &pod.containers[0];
+    assert!(
+        !server
+            .args
+            .iter()
+            .flatten()
+            .any(|arg| arg.starts_with("--hub-endpoint"))
+    );
+    let names: Vec<&str> = server
+        .env
+        .iter()
+        .flatten()
+        .map(|e| e.name.as_str())
+        .collect();
+    assert_eq!(names, ["POD_UID", "HF_ENDPOINT", "HF_TOKEN"]);
 }
 
 #[test]

@@ -1,6 +1,8 @@
 //! Rope, KV write and attention over paged blocks.
 #![allow(unsafe_code)]
 
+use std::ops::Range;
+
 use half::f16;
 
 use crate::{
@@ -21,6 +23,8 @@ pub struct AttentionShape {
     pub heads: usize,
     pub kv_heads: usize,
     pub head_size: usize,
+    /// A sliding window: a token sees this many positions, its own included; `None`: all.
+    pub window: Option<usize>,
 }
 
 /// A sequence's part of a step; its rows follow those of the sequence before.
@@ -47,10 +51,16 @@ impl AttentionShape {
     pub fn out_width(&self) -> usize {
         self.heads * self.head_size
     }
+
+    /// The first position that the token at `position` sees.
+    pub fn first_visible(&self, position: usize) -> usize {
+        self.window
+            .map_or(0, |window| (position + 1).saturating_sub(window))
+    }
 }
 
 /// Rotates queries and keys, writes keys and values to the cache and attends causally, each row to
-/// its sequence's positions up to its own.
+/// its sequence's positions up to its own, within the window if the shape has one.
 ///
 /// `qkv` is `[rows, qkv_stride]` (queries, keys, values side by side), `out`
 /// `[rows, heads * head_size]`. Attention is scaled by `1 / sqrt(head_size)`.
@@ -111,6 +121,9 @@ fn validate(
             heads: shape.heads,
             kv_heads: shape.kv_heads,
         });
+    }
+    if shape.window == Some(0) {
+        return Err(KernelError::EmptyWindow);
     }
     check("KV heads of the cache", cache.kv_heads(), shape.kv_heads)?;
     check("head size of the cache", cache.head_size(), shape.head_size)?;
@@ -200,7 +213,11 @@ impl Context<'_> {
         let group = self.shape.group();
         let rows = task.tokens * group;
         let length = task.position + task.tokens;
-        let blocks = &task.sequence.blocks[..length.div_ceil(BLOCK_SIZE)];
+        // Blocks that slid out of the window of all rows are left out; `origin` is the position
+        // that the first score stands for.
+        let skipped = self.shape.first_visible(task.position) / BLOCK_SIZE;
+        let origin = skipped * BLOCK_SIZE;
+        let blocks = &task.sequence.blocks[skipped..length.div_ceil(BLOCK_SIZE)];
         let width = blocks.len() * BLOCK_SIZE;
 
         let queries = self.queries(task);
@@ -228,7 +245,11 @@ impl Context<'_> {
         let sums: Vec<f32> = scores
             .chunks_exact_mut(width)
             .enumerate()
-            .map(|(i, row)| vector::softmax(self.isa, row, task.position + i / group + 1))
+            .map(|(i, row)| {
+                let position = task.position + i / group;
+                let seen = self.shape.first_visible(position) - origin..position + 1 - origin;
+                softmax_within(self.isa, row, seen)
+            })
             .collect();
 
         let mut values = vec![0.0; rows * head_size];
@@ -285,6 +306,16 @@ impl Context<'_> {
         }
         queries
     }
+}
+
+/// Softmax over a part of a row of scores; zeros elsewhere. Gives the sum. Whole panels before the
+/// part don't enter it, so the sum has the same bits wherever the row of scores begins.
+fn softmax_within(isa: Isa, scores: &mut [f32], seen: Range<usize>) -> f32 {
+    let panel = seen.start / LANES * LANES;
+    scores[panel..seen.start].fill(f32::NEG_INFINITY);
+    let sum = vector::softmax(isa, &mut scores[panel..], seen.end - panel);
+    scores[..seen.start].fill(0.0);
+    sum
 }
 
 #[cfg(test)]

@@ -24,6 +24,7 @@ fn case(shape: AttentionShape, tokens: usize, random: &mut Random) -> Case {
         heads,
         kv_heads,
         head_size,
+        ..
     } = shape;
     let qkv: Vec<Vec<f32>> = (0..tokens)
         .map(|_| random.values(shape.qkv_width()))
@@ -39,7 +40,9 @@ fn case(shape: AttentionShape, tokens: usize, random: &mut Random) -> Case {
         let (query, key) = rotated.split_at(heads * head_size);
         keys.push(key.iter().copied().map(round).collect::<Vec<_>>());
         values.push(value.iter().copied().map(round).collect::<Vec<_>>());
-        expected.push(reference::attention(query, &keys, &values, heads, kv_heads));
+        let seen = shape.first_visible(position)..;
+        let (keys, values) = (&keys[seen.clone()], &values[seen]);
+        expected.push(reference::attention(query, keys, values, heads, kv_heads));
     }
     Case { qkv, expected }
 }
@@ -90,9 +93,12 @@ proptest! {
     #[test]
     fn any_chunks_of_any_batch_equal_the_reference(
         kv_heads in 1usize..4, group in 1usize..4, panels in 1usize..3, seed: u64,
+        window in prop::option::of(1usize..70),
         chunks in prop::collection::vec(prop::collection::vec(0usize..30, 3), 1..6),
     ) {
-        let shape = AttentionShape { heads: kv_heads * group, kv_heads, head_size: panels * 16 };
+        let shape = AttentionShape {
+            heads: kv_heads * group, kv_heads, head_size: panels * 16, window,
+        };
         let mut random = Random(seed);
         let cases: Vec<Case> = (0..3)
             .map(|c| case(shape, chunks.iter().map(|step| step[c]).sum(), &mut random))
@@ -119,6 +125,7 @@ fn what_doesnt_fit_is_refused() {
         heads: 2,
         kv_heads: 1,
         head_size: 16,
+        window: None,
     };
     let rope = Rope::new(40, 16, BASE, None).unwrap();
     let mut cache = KvCache::new(2, 1, 16).unwrap();
@@ -172,4 +179,9 @@ fn what_doesnt_fit_is_refused() {
         attend(1, 0, &[0], uneven),
         Err(KernelError::Heads { .. })
     ));
+    let blind = AttentionShape {
+        window: Some(0),
+        ..shape
+    };
+    assert_eq!(attend(1, 0, &[0], blind), Err(KernelError::EmptyWindow));
 }

@@ -12,6 +12,8 @@ pub enum KernelError {
     HeadSize { found: usize },
     #[error("{heads} attention heads can't share {kv_heads} KV heads evenly")]
     Heads { heads: usize, kv_heads: usize },
+    #[error("a sliding window of 0 positions leaves a token nothing to see")]
+    EmptyWindow,
     #[error("block {block} is outside the KV cache of {blocks} blocks")]
     Block { block: u32, blocks: usize },
     #[error("{blocks} blocks don't hold position {position}")]

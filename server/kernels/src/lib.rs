@@ -1,6 +1,7 @@
 //! The fused blocks that a transformer is made of, on the CPU.
 //!
-//! A layer is five calls: [`norm_qkv`], [`rope_attention`], [`output_residual`], [`norm_gate_up`],
+//! A layer is five calls: [`norm_qkv`] (with [`add_bias`] and [`norm_heads`] after it where an
+//! architecture asks for them), [`rope_attention`], [`output_residual`], [`norm_gate_up`],
 //! [`down_residual`]; a step ends with [`norm_head_sample`]. All rows of a step (tokens of
 //! different sequences, decodes and prompt chunks mixed) go through each block together.
 //!
@@ -29,6 +30,7 @@ mod kv;
 mod matrix;
 mod norm;
 mod parallel;
+mod qkv_options;
 mod rope;
 mod sampling;
 mod tile;
@@ -42,6 +44,7 @@ pub use head::{Pick, norm_head, norm_head_sample};
 pub use kv::{BLOCK_SIZE, KvCache};
 pub use matrix::Matrix;
 pub use norm::Norm;
+pub use qkv_options::{add_bias, norm_heads};
 pub use rope::Rope;
 pub use sampling::{SamplingParams, sample};
 

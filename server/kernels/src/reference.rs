@@ -47,8 +47,9 @@ pub fn rope(head: &mut [f32], position: usize, base: f32, factors: Option<&[f32]
     }
 }
 
-/// Attention of one token to the tokens whose keys and values are given (itself the last). A
-/// token's keys hold all KV heads side by side, as `query` holds all heads.
+/// Attention of one token to the tokens whose keys and values are given (itself the last; with a
+/// sliding window only those within it). A token's keys hold all KV heads side by side, as `query`
+/// holds all heads.
 pub fn attention(
     query: &[f32],
     keys: &[Vec<f32>],

@@ -1,6 +1,6 @@
 //! Chat templates: a conversation becomes the prompt text that the model was trained on.
 
-use std::time::SystemTime;
+use std::{path::Path, time::SystemTime};
 
 use minijinja::{
     Environment, Error, ErrorKind, Value, context,
@@ -10,7 +10,10 @@ use minijinja::{
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
-use crate::error::LoadError;
+use crate::{
+    error::LoadError,
+    tokenizer::{TOKENIZER_CONFIG, optional_json},
+};
 
 /// One message of a conversation, its content already flattened to text.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -38,6 +41,9 @@ pub struct ChatTemplate {
     bos_token: String,
     eos_token: String,
 }
+
+/// The file of a Hugging Face checkpoint with nothing but the template.
+pub const CHAT_TEMPLATE: &str = "chat_template.jinja";
 
 const NAME: &str = "chat";
 const CHATML: &str = "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}";
@@ -74,6 +80,33 @@ impl ChatTemplate {
     /// The plain ChatML format, for the simulated device, which has no file to take one from.
     pub fn chatml() -> Result<Self, LoadError> {
         Self::new(CHATML, "<|im_start|>", "<|im_end|>")
+    }
+
+    /// The source of the template in the folder of a Hugging Face checkpoint: chat_template.jinja,
+    /// or else the (default) `chat_template` of tokenizer_config.json.
+    pub(crate) fn of_folder(folder: &Path) -> Result<Option<String>, LoadError> {
+        let jinja = folder.join(CHAT_TEMPLATE);
+        if jinja.is_file() {
+            return match std::fs::read_to_string(&jinja) {
+                Ok(source) => Ok(Some(source)),
+                Err(source) => Err(LoadError::Open {
+                    path: jinja,
+                    source,
+                }),
+            };
+        }
+        let config: serde_json::Value =
+            optional_json(folder.join(TOKENIZER_CONFIG))?.unwrap_or_default();
+        Ok(match config.get("chat_template") {
+            Some(serde_json::Value::String(source)) => Some(source.clone()),
+            // [{name, template}, ...]
+            Some(serde_json::Value::Array(named)) => named
+                .iter()
+                .find(|item| item["name"] == "default")
+                .and_then(|item| item["template"].as_str())
+                .map(str::to_owned),
+            _ => None,
+        })
     }
 
     /// For a model whose file has no template: every render fails with [`ChatError::NoTemplate`].

@@ -16,10 +16,28 @@ pub enum LoadError {
     NotGguf { path: PathBuf, found: String },
     #[error("{} is a damaged or unreadable GGUF file: {message}; fetch it again or compare its checksum", path.display())]
     Format { path: PathBuf, message: String },
-    #[error("general.architecture is {found:?}, which isn't supported; supported: {supported}")]
-    Architecture { found: String, supported: String },
+    #[error("{key} is {found:?}, which isn't supported; supported: {supported}")]
+    Architecture {
+        key: &'static str,
+        found: String,
+        supported: String,
+    },
     #[error("metadata {key}: {problem}; the file can't be run as it is")]
     Metadata { key: String, problem: String },
+    #[error("{} has no model: {problem}", path.display())]
+    NoModel { path: PathBuf, problem: String },
+    #[error("{} can't be read: {message}; fetch it again or compare its checksum", path.display())]
+    File { path: PathBuf, message: String },
+    #[error("{}: {key} {problem}; the model can't be run as it is", path.display())]
+    Setting {
+        path: PathBuf,
+        key: String,
+        problem: String,
+    },
+    #[error(
+        "tensor {name} holds the value {value}, which f16 can't; take a checkpoint whose weights stay within 65504"
+    )]
+    Overflow { name: String, value: f32 },
     #[error("tensor {name} is missing; the file is incomplete or of another architecture")]
     MissingTensor { name: String },
     #[error("tensor {name} has shape {found:?} where {expected:?} is needed (rows, columns)")]
@@ -38,7 +56,9 @@ pub enum LoadError {
     UnusedTensors { names: String },
     #[error("the tokenizer can't be built: {message}")]
     Tokenizer { message: String },
-    #[error("the chat template in tokenizer.chat_template doesn't parse: {message}")]
+    #[error(
+        "the model's chat template (tokenizer.chat_template, tokenizer_config.json or chat_template.jinja) doesn't parse: {message}"
+    )]
     ChatTemplate { message: String },
     #[error("--max-model-len {asked} is outside 1..={context}, the model's context length")]
     MaxModelLen { asked: u32, context: u32 },

@@ -1,43 +1,26 @@
 //! A GGUF file (<https://github.com/ggml-org/ggml/blob/master/docs/gguf.md>): metadata by key, and
 //! tensors dequantised a few rows at a time.
 //!
-//! Tensor bytes are read at their offsets rather than mapped: each is needed once, and a volume
-//! that goes away then is an error instead of a SIGBUS.
+//! Tensor bytes are read at their offsets (see [`crate::tensor`]).
 
 use std::{
-    borrow::Cow,
     fs::File,
     io::{BufReader, Read, Seek},
     ops::Range,
-    os::unix::fs::FileExt,
     path::{Path, PathBuf},
 };
 
-use candle_core::{
-    Device,
-    quantized::{
-        GgmlDType, QStorage, QTensor,
-        gguf_file::{Content, Value},
-    },
-};
+use candle_core::quantized::gguf_file::{Content, Value};
 
-use crate::error::LoadError;
+use crate::{
+    error::LoadError,
+    tensor::{self, TensorHandle},
+};
 
 pub struct GgufFile {
     path: PathBuf,
     file: File,
     content: Content,
-}
-
-/// A tensor's place in the file: a row-major matrix, or a vector as one row.
-#[derive(Clone, Debug)]
-pub struct TensorHandle {
-    pub name: String,
-    pub rows: usize,
-    pub cols: usize,
-    dtype: GgmlDType,
-    offset: u64,
-    row_bytes: usize,
 }
 
 impl GgufFile {
@@ -96,26 +79,8 @@ impl GgufFile {
                 expected: expected.to_vec(),
             });
         }
-        let cols = expected.last().copied().unwrap_or(0);
-        let rows = expected.iter().product::<usize>() / cols.max(1);
-        let dtype = info.ggml_dtype;
-        if !cols.is_multiple_of(dtype.block_size()) {
-            return Err(LoadError::TensorType {
-                name: name.into(),
-                found: format!(
-                    "{dtype:?} with {cols} columns (not a multiple of {})",
-                    dtype.block_size()
-                ),
-            });
-        }
-        Ok(TensorHandle {
-            name: name.into(),
-            rows,
-            cols,
-            dtype,
-            offset: self.content.tensor_data_offset.saturating_add(info.offset),
-            row_bytes: cols / dtype.block_size() * dtype.type_size(),
-        })
+        let offset = self.content.tensor_data_offset.saturating_add(info.offset);
+        TensorHandle::new(name, expected, info.ggml_dtype, 0, offset)
     }
 
     /// Elements of all tensors.
@@ -126,21 +91,10 @@ impl GgufFile {
 
     /// Reads and dequantises some rows.
     pub fn rows(&self, tensor: &TensorHandle, rows: Range<usize>) -> Result<Vec<f32>, LoadError> {
-        let damaged = |message: String| LoadError::Format {
+        tensor::read_rows(&self.file, tensor, rows).map_err(|message| LoadError::Format {
             path: self.path.clone(),
             message: format!("tensor {}: {message}", tensor.name),
-        };
-        let mut bytes = vec![0; rows.len() * tensor.row_bytes];
-        let offset = tensor
-            .offset
-            .saturating_add((rows.start * tensor.row_bytes) as u64);
-        self.file
-            .read_exact_at(&mut bytes, offset)
-            .map_err(|e| damaged(format!("{} bytes at {offset}: {e}", bytes.len())))?;
-        QStorage::from_data(Cow::Owned(bytes), &Device::Cpu, tensor.dtype)
-            .and_then(|storage| QTensor::new(storage, (rows.len(), tensor.cols)))
-            .and_then(|q| q.dequantize(&Device::Cpu)?.flatten_all()?.to_vec1())
-            .map_err(|e| damaged(e.to_string()))
+        })
     }
 
     fn get(&self, key: &str) -> Result<&Value, LoadError> {
@@ -205,6 +159,17 @@ impl GgufFile {
         self.array(key)?
             .iter()
             .map(|value| as_u32(key, value))
+            .collect()
+    }
+
+    /// The floats of an array, in order.
+    pub fn f32s(&self, key: &str) -> Result<Vec<f32>, LoadError> {
+        self.array(key)?
+            .iter()
+            .map(|value| match value {
+                Value::F32(x) => Ok(*x),
+                other => Err(wrong_type(key, other, "an array of floats")),
+            })
             .collect()
     }
 

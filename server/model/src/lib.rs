@@ -1,16 +1,21 @@
 //! A language model behind the engine's [`Executor`](stoker_engine::executor::Executor): weights,
-//! tokenizer and chat template out of one GGUF file, and the executor that runs them on the CPU.
+//! tokenizer and chat template out of a GGUF file or a Hugging Face folder
+//! ([`checkpoint::Checkpoint`]), and the executor that runs them on the CPU.
 //!
 //! [`LoadedModel::load`] is the way in. A server without a model file (`--device simulated`) takes
 //! [`Tokenizer::simulated`] and [`ChatTemplate::chatml`] instead.
 
 pub mod architecture;
 pub mod chat;
+pub mod checkpoint;
 pub mod config;
 pub mod cpu;
 pub mod error;
 pub mod gguf;
 pub mod load;
+pub mod safetensors;
+pub mod tensor;
+pub mod tensors;
 pub mod tokenizer;
 
 pub use chat::{ChatError, ChatMessage, ChatTemplate};

@@ -3,7 +3,8 @@
 use std::{fmt, path::Path, sync::Arc};
 
 use crate::{
-    chat::ChatTemplate, cpu::CpuExecutor, error::LoadError, gguf::GgufFile, tokenizer::Tokenizer,
+    chat::ChatTemplate, checkpoint::Checkpoint, cpu::CpuExecutor, error::LoadError,
+    tokenizer::Tokenizer,
 };
 
 /// How much memory the KV cache gets.
@@ -44,7 +45,7 @@ impl Default for LoadOptions {
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum LoadPhase {
-    /// Reading the file's header.
+    /// Reading the files' headers.
     Header,
     Tokenizer,
     Weights,
@@ -91,7 +92,7 @@ pub struct LoadedModel {
 }
 
 impl LoadedModel {
-    /// Reads a GGUF file, dequantises its weights to f16 and sets up the KV cache. Takes seconds;
+    /// Reads a GGUF file or the folder of a Hugging Face checkpoint, turns its weights into f16 and sets up the KV cache. Takes seconds;
     /// call it on a thread of its own. `progress` is called on the calling thread.
     pub fn load(
         path: &Path,
@@ -100,20 +101,14 @@ impl LoadedModel {
     ) -> Result<Self, LoadError> {
         let report = |phase, percent| progress(Progress { phase, percent });
         report(LoadPhase::Header, 0.0);
-        let file = GgufFile::open(path)?;
+        let checkpoint = Checkpoint::open(path)?;
         report(LoadPhase::Tokenizer, 1.0);
-        let tokenizer = Arc::new(Tokenizer::from_gguf(&file)?);
-        let chat_template = Arc::new(match file.string_opt("tokenizer.chat_template")? {
-            Some(source) => ChatTemplate::new(
-                source,
-                tokenizer.bos_token().unwrap_or_default(),
-                tokenizer.eos_token().unwrap_or_default(),
-            )?,
-            None => ChatTemplate::missing(),
-        });
-        let (executor, info) = CpuExecutor::load(&file, &tokenizer, options, &|phase, share| {
-            report(phase, 3.0 + 97.0 * share);
-        })?;
+        let tokenizer = Arc::new(checkpoint.tokenizer()?);
+        let chat_template = Arc::new(checkpoint.chat_template(&tokenizer)?);
+        let (executor, info) =
+            CpuExecutor::load(&checkpoint, &tokenizer, options, &|phase, share| {
+                report(phase, 3.0 + 97.0 * share);
+            })?;
         report(LoadPhase::KvCache, 100.0);
         Ok(Self {
             executor,

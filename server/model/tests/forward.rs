@@ -12,15 +12,14 @@ use common::tiny::{self, TinyFile};
 use half::f16;
 use stoker_kernels::reference;
 use stoker_model::{
-    Tokenizer,
+    checkpoint::Checkpoint,
     config::ModelConfig,
     cpu::{Forward, Input, Weights},
-    gguf::GgufFile,
 };
 
 /// Plain loops over one sequence; weights, keys and values rounded to f16, all else f32.
 struct Naive {
-    file: GgufFile,
+    file: Checkpoint,
     config: ModelConfig,
     weights: RefCell<HashMap<String, Vec<f32>>>,
 }
@@ -122,9 +121,8 @@ fn add(x: &mut [f32], y: &[f32]) {
 }
 
 fn load(path: &Path, blocks: usize) -> (Naive, Forward) {
-    let file = GgufFile::open(path).unwrap();
-    let tokenizer = Tokenizer::from_gguf(&file).unwrap();
-    let config = ModelConfig::from_gguf(&file, tokenizer.vocab_size()).unwrap();
+    let file = Checkpoint::open(path).unwrap();
+    let config = file.config(&file.tokenizer().unwrap()).unwrap();
     let pool = rayon::ThreadPoolBuilder::new()
         .num_threads(2)
         .build()

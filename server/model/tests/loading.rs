@@ -121,7 +121,7 @@ fn what_isnt_supported_is_named_with_its_value() {
     let string = |s: &str| Value::String(s.into());
     assert_error(
         set("general.architecture", string("mamba")),
-        &["\"mamba\"", "supported: llama"],
+        &["\"mamba\"", "supported: llama, mistral, qwen2, qwen3"],
     );
     assert_error(
         set("llama.rope.scaling.type", string("yarn")),
@@ -144,8 +144,8 @@ fn what_isnt_supported_is_named_with_its_value() {
         &["block_count", "String"],
     );
     assert_error(
-        set("tokenizer.ggml.model", string("llama")),
-        &["tokenizer.ggml.model", "\"llama\""],
+        set("tokenizer.ggml.model", string("bert")),
+        &["tokenizer.ggml.model", "\"bert\""],
     );
     assert_error(
         set("tokenizer.ggml.pre", string("tekken")),

@@ -10,7 +10,7 @@
 
 use std::io::{BufRead, BufReader, Read};
 use std::process::{Child, Command, ExitStatus, Stdio};
-use std::sync::mpsc;
+use std::sync::{Arc, Mutex, mpsc};
 use std::time::Duration;
 
 use serde_json::{Value, json};
@@ -20,6 +20,7 @@ pub const PATIENCE: Duration = Duration::from_secs(60);
 
 pub struct Server {
     child: Child,
+    lines: Arc<Mutex<String>>,
     pub url: String,
     pub control_url: String,
     pub http: reqwest::Client,
@@ -36,21 +37,32 @@ impl Server {
 
     /// Starts the binary and waits until its ports are open.
     pub fn launch(flags: &[&str]) -> Self {
+        Self::launch_with(flags, &[])
+    }
+
+    /// The same, with further environment variables.
+    pub fn launch_with(flags: &[&str], environment: &[(&str, &str)]) -> Self {
         let mut command = Command::new(env!("CARGO_BIN_EXE_stoker-server"));
         command
             .args(["--host", "127.0.0.1", "--port", "0", "--control-port", "0"])
             .args(["--log-format", "json"])
             .args(flags)
             .env_remove("POD_UID")
+            .env_remove("HF_ENDPOINT")
+            .env_remove("HF_TOKEN")
+            .envs(environment.iter().copied())
             .stdout(Stdio::null())
             .stderr(Stdio::piped());
         let mut child = command.spawn().unwrap();
         let mut log = BufReader::new(child.stderr.take().unwrap());
         let (sender, ports) = mpsc::channel();
+        let lines = Arc::new(Mutex::new(String::new()));
+        let written = lines.clone();
         std::thread::spawn(move || {
             let mut line = String::new();
             while log.read_line(&mut line).is_ok_and(|n| n > 0) {
                 eprint!("server: {line}");
+                written.lock().unwrap().push_str(&line);
                 let event: Value = serde_json::from_str(&line).unwrap_or_default();
                 if event["message"] == "listening" {
                     let address = |name| format!("http://{}", event[name].as_str().unwrap());
@@ -62,10 +74,16 @@ impl Server {
         let (url, control_url) = ports.recv_timeout(PATIENCE).expect("no port was opened");
         Self {
             child,
+            lines,
             url,
             control_url,
             http: reqwest::Client::builder().no_proxy().build().unwrap(),
         }
+    }
+
+    /// What it has logged so far.
+    pub fn log(&self) -> String {
+        self.lines.lock().unwrap().clone()
     }
 
     pub async fn wait_ready(&self) {
@@ -176,9 +194,17 @@ impl Drop for Server {
 
 /// Runs the binary to its end; exit code and standard error.
 pub fn run_to_end(flags: &[&str]) -> (i32, String) {
+    run_to_end_with(flags, &[])
+}
+
+/// The same, with further environment variables.
+pub fn run_to_end_with(flags: &[&str], environment: &[(&str, &str)]) -> (i32, String) {
     let mut child = Command::new(env!("CARGO_BIN_EXE_stoker-server"))
         .args(flags)
         .env_remove("POD_UID")
+        .env_remove("HF_ENDPOINT")
+        .env_remove("HF_TOKEN")
+        .envs(environment.iter().copied())
         .stdout(Stdio::null())
         .stderr(Stdio::piped())
         .spawn()

@@ -96,6 +96,8 @@ fn chart_refuses_bad_values() -> Result<()> {
         ("resources.claims.gpu=1", "claims"),
         ("nodeSelector.gpu=1", "nodeSelector"),
         ("crds.install=maybe", "install"),
+        ("hub.endpoint=hub.example", "endpoint"),
+        ("modelCache.hostPath=var/cache", "hostPath"),
         ("serviceMonitor.interval=often", "interval"),
         ("dashboard.enabled=1", "enabled"),
     ];

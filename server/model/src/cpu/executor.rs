@@ -14,9 +14,8 @@ use stoker_kernels::{BLOCK_SIZE, Pick, SamplingParams};
 
 use super::{Forward, Input, Weights, memory};
 use crate::{
-    config::ModelConfig,
+    checkpoint::Checkpoint,
     error::LoadError,
-    gguf::GgufFile,
     load::{LoadOptions, LoadPhase, ModelInfo},
     tokenizer::Tokenizer,
 };
@@ -36,12 +35,12 @@ impl CpuExecutor {
     /// Loads weights and sets up the KV cache; `progress` is given the phase and the share of the
     /// whole.
     pub(crate) fn load(
-        file: &GgufFile,
+        checkpoint: &Checkpoint,
         tokenizer: &Tokenizer,
         options: &LoadOptions,
         progress: &dyn Fn(LoadPhase, f32),
     ) -> Result<(Self, ModelInfo), LoadError> {
-        let config = ModelConfig::from_gguf(file, tokenizer.vocab_size())?;
+        let config = checkpoint.config(tokenizer)?;
         let max_model_len = options.max_model_len.unwrap_or(config.context_length);
         if max_model_len == 0 || max_model_len > config.context_length {
             return Err(LoadError::MaxModelLen {
@@ -62,15 +61,15 @@ impl CpuExecutor {
             }
         }
         let pool = thread_pool(options.threads)?;
-        let weights = Weights::load(file, &config, &pool, &|share| {
+        let weights = Weights::load(checkpoint, &config, &pool, &|share| {
             progress(LoadPhase::Weights, share * 0.98);
         })?;
         progress(LoadPhase::KvCache, 0.98);
         let blocks = memory::blocks(&config, max_model_len, options)?;
         let info = ModelInfo {
-            name: file.string_opt("general.name")?.map(str::to_owned),
+            name: checkpoint.name()?,
             architecture: config.architecture.name.to_owned(),
-            parameters: file.parameters(),
+            parameters: checkpoint.parameters(),
             context_length: config.context_length,
             vocab_size: tokenizer.vocab_size(),
             weight_bytes: weights.bytes() as u64,

@@ -1,8 +1,8 @@
 //! The forward pass: one step's rows through all layers.
 
 use stoker_kernels::{
-    KernelError, KvCache, Pick, Rope, Sequence, down_residual, norm_gate_up, norm_head,
-    norm_head_sample, norm_qkv, output_residual, rope_attention,
+    KernelError, KvCache, Pick, Rope, Sequence, add_bias, down_residual, norm_gate_up, norm_head,
+    norm_head_sample, norm_heads, norm_qkv, output_residual, rope_attention,
 };
 use thiserror::Error;
 
@@ -112,14 +112,22 @@ impl Forward {
         let shape = self.config.attention;
         match block {
             Block::NormQkv => {
-                self.qkv.resize(rows * layer.qkv.out_stride(), 0.0);
+                let stride = layer.qkv.out_stride();
+                self.qkv.resize(rows * stride, 0.0);
                 norm_qkv(
                     &self.residual,
                     &layer.attention_norm,
                     &layer.qkv,
                     &mut self.qkv,
                     &mut self.scratch,
-                )
+                )?;
+                if let Some(bias) = &layer.qkv_bias {
+                    add_bias(&mut self.qkv, stride, bias)?;
+                }
+                if let Some(norms) = &layer.head_norms {
+                    norm_heads(&mut self.qkv, stride, shape, &norms.query, &norms.key)?;
+                }
+                Ok(())
             }
             Block::RopeAttention => {
                 self.attention.resize(rows * shape.out_width(), 0.0);

@@ -125,7 +125,10 @@ mod tests {
     use stoker_kernels::AttentionShape;
 
     use super::*;
-    use crate::architecture::LLAMA;
+    use crate::{
+        architecture::{LLAMA, PairOrder},
+        config::RopeScaling,
+    };
 
     fn config() -> ModelConfig {
         ModelConfig {
@@ -137,12 +140,15 @@ mod tests {
                 heads: 9,
                 kv_heads: 3,
                 head_size: 64,
+                window: None,
             },
             vocab: 49152,
             context_length: 8192,
             rotated: 64,
             rope_base: 1e5,
+            rope_scaling: RopeScaling::None,
             norm_epsilon: 1e-5,
+            pairs: PairOrder::Adjacent,
         }
     }
 

@@ -1,15 +1,20 @@
-//! Weights out of a GGUF file, dequantised and packed.
+//! Weights out of a checkpoint, dequantised and packed.
 
-use std::{cell::Cell, collections::HashSet, ops::Range};
+use std::{cell::Cell, ops::Range};
 
 use rayon::ThreadPool;
 use stoker_kernels::{Matrix, Norm};
 
 use crate::{
+    checkpoint::Checkpoint,
     config::ModelConfig,
     error::LoadError,
-    gguf::{GgufFile, TensorHandle},
+    tensor::TensorHandle,
+    tensors::{LayerTensors, Tensors},
 };
+
+/// The largest number that f16 holds.
+const F16_MAX: f32 = 65504.0;
 
 #[derive(Debug)]
 pub struct Weights {
@@ -18,6 +23,7 @@ pub struct Weights {
     pub output_norm: Norm,
     /// `None` where the head is the embedding.
     output: Option<Matrix>,
+    /// What divides rope's frequencies, one a pair.
     pub rope_factors: Option<Vec<f32>>,
 }
 
@@ -26,6 +32,9 @@ pub struct Layer {
     pub attention_norm: Norm,
     /// Query, key and value rows, one after the other.
     pub qkv: Matrix,
+    /// Of all rows of `qkv`.
+    pub qkv_bias: Option<Vec<f32>>,
+    pub head_norms: Option<HeadNorms>,
     pub output: Matrix,
     pub ffn_norm: Norm,
     pub gate: Matrix,
@@ -33,71 +42,49 @@ pub struct Layer {
     pub down: Matrix,
 }
 
+/// Norms of a single head.
+#[derive(Debug)]
+pub struct HeadNorms {
+    pub query: Norm,
+    pub key: Norm,
+}
+
 impl Weights {
     /// Reads all tensors on the threads of `pool`; `progress` is given the share that is done.
     pub fn load(
-        file: &GgufFile,
+        checkpoint: &Checkpoint,
         config: &ModelConfig,
         pool: &ThreadPool,
         progress: &dyn Fn(f32),
     ) -> Result<Self, LoadError> {
-        let names = &config.architecture.tensors;
+        let tensors = Tensors::find(checkpoint, config)?;
+        let elements = |tensor: &TensorHandle| (tensor.rows * tensor.cols) as u64;
         let reader = Reader {
-            file,
+            checkpoint,
             pool,
             epsilon: config.norm_epsilon,
-            used: Cell::default(),
             done: Cell::new(0),
-            total: file.parameters(),
+            total: tensors.all().map(elements).sum(),
             progress,
         };
-        let ModelConfig {
-            hidden,
-            inner,
-            vocab,
-            ..
-        } = *config;
-        let heads = config.attention.heads * config.attention.head_size;
-        let kv_heads = config.attention.kv_heads * config.attention.head_size;
-
-        let embedding = reader.matrix(&[(names.embedding, vocab)], hidden)?;
-        let layers = (0..config.layers)
-            .map(|layer| {
-                let of = |name: &str| format!("blk.{layer}.{name}");
-                let matrix = |name, rows, cols| reader.matrix(&[(&of(name), rows)], cols);
-                Ok(Layer {
-                    attention_norm: reader.norm(&of(names.attention_norm), hidden)?,
-                    qkv: reader.matrix(
-                        &[
-                            (&of(names.query), heads),
-                            (&of(names.key), kv_heads),
-                            (&of(names.value), kv_heads),
-                        ],
-                        hidden,
-                    )?,
-                    output: matrix(names.attention_output, hidden, heads)?,
-                    ffn_norm: reader.norm(&of(names.ffn_norm), hidden)?,
-                    gate: matrix(names.gate, inner, hidden)?,
-                    up: matrix(names.up, inner, hidden)?,
-                    down: matrix(names.down, hidden, inner)?,
-                })
-            })
-            .collect::<Result<Vec<_>, LoadError>>()?;
-        let output_norm = reader.norm(names.output_norm, hidden)?;
-        let output = match file.has_tensor(names.output) {
-            true => Some(reader.matrix(&[(names.output, vocab)], hidden)?),
-            false => None,
+        let rope_factors = match &tensors.rope_factors {
+            Some(tensor) => Some(reader.vector(tensor)?),
+            None => config
+                .rope_scaling
+                .factors(config.rope_base, config.rotated),
         };
-        let rope_factors = match file.has_tensor(names.rope_factors) {
-            true => Some(reader.vector(names.rope_factors, config.rotated / 2)?),
-            false => None,
-        };
-        reader.check_all_used()?;
         Ok(Self {
-            embedding,
-            layers,
-            output_norm,
-            output,
+            embedding: reader.matrix(&[&tensors.embedding])?,
+            layers: tensors
+                .layers
+                .iter()
+                .map(|layer| reader.layer(layer))
+                .collect::<Result<_, _>>()?,
+            output_norm: reader.norm(&tensors.output_norm)?,
+            output: match &tensors.output {
+                Some(tensor) => Some(reader.matrix(&[tensor])?),
+                None => None,
+            },
             rope_factors,
         })
     }
@@ -127,96 +114,110 @@ impl Weights {
 }
 
 struct Reader<'a> {
-    file: &'a GgufFile,
+    checkpoint: &'a Checkpoint,
     pool: &'a ThreadPool,
     epsilon: f32,
-    used: Cell<HashSet<String>>,
+    /// Elements read, of `total`.
     done: Cell<u64>,
     total: u64,
     progress: &'a dyn Fn(f32),
 }
 
 impl Reader<'_> {
-    /// Reads tensors of `cols` columns as one matrix, their rows one after the other.
-    fn matrix(&self, tensors: &[(&str, usize)], cols: usize) -> Result<Matrix, LoadError> {
-        let handles = tensors
-            .iter()
-            .map(|&(name, rows)| self.file.tensor(name, &[rows, cols]))
-            .collect::<Result<Vec<_>, _>>()?;
-        let rows = handles.iter().map(|handle| handle.rows).sum();
+    fn layer(&self, tensors: &LayerTensors) -> Result<Layer, LoadError> {
+        let [query, key, value] = &tensors.qkv;
+        Ok(Layer {
+            attention_norm: self.norm(&tensors.attention_norm)?,
+            qkv: self.matrix(&[query, key, value])?,
+            qkv_bias: match &tensors.qkv_bias {
+                Some(biases) => {
+                    let parts = biases.iter().map(|bias| self.vector(bias));
+                    Some(parts.collect::<Result<Vec<_>, _>>()?.concat())
+                }
+                None => None,
+            },
+            head_norms: match &tensors.head_norms {
+                Some([query, key]) => Some(HeadNorms {
+                    query: self.norm(query)?,
+                    key: self.norm(key)?,
+                }),
+                None => None,
+            },
+            output: self.matrix(&[&tensors.attention_output])?,
+            ffn_norm: self.norm(&tensors.ffn_norm)?,
+            gate: self.matrix(&[&tensors.gate])?,
+            up: self.matrix(&[&tensors.up])?,
+            down: self.matrix(&[&tensors.down])?,
+        })
+    }
+
+    /// Reads tensors of the same number of columns as one matrix, their rows one after the other.
+    fn matrix(&self, tensors: &[&TensorHandle]) -> Result<Matrix, LoadError> {
+        let rows = tensors.iter().map(|tensor| tensor.rows).sum();
+        let cols = tensors.first().map_or(0, |tensor| tensor.cols);
         let matrix = self.pool.install(|| {
-            Matrix::from_rows(rows, cols, |range| stacked_rows(self.file, &handles, range))
+            Matrix::from_rows(rows, cols, |range| {
+                stacked_rows(self.checkpoint, tensors, range)
+            })
         })?;
-        self.finished(&handles);
+        self.finished(tensors);
         Ok(matrix)
     }
 
-    fn vector(&self, name: &str, len: usize) -> Result<Vec<f32>, LoadError> {
-        let handle = self.file.tensor(name, &[len])?;
-        let values = self.file.rows(&handle, 0..1)?;
-        self.finished(&[handle]);
+    fn vector(&self, tensor: &TensorHandle) -> Result<Vec<f32>, LoadError> {
+        let values = self.checkpoint.rows(tensor, 0..1)?;
+        self.finished(&[tensor]);
         Ok(values)
     }
 
-    fn norm(&self, name: &str, len: usize) -> Result<Norm, LoadError> {
+    fn norm(&self, tensor: &TensorHandle) -> Result<Norm, LoadError> {
         Ok(Norm {
-            weight: self.vector(name, len)?,
+            weight: self.vector(tensor)?,
             epsilon: self.epsilon,
         })
     }
 
-    fn finished(&self, handles: &[TensorHandle]) {
-        let mut used = self.used.take();
-        for handle in handles {
-            used.insert(handle.name.clone());
-            let parameters = (handle.rows * handle.cols) as u64;
-            self.done.set(self.done.get() + parameters);
-        }
-        self.used.set(used);
+    fn finished(&self, tensors: &[&TensorHandle]) {
+        let elements: usize = tensors.iter().map(|tensor| tensor.rows * tensor.cols).sum();
+        self.done.set(self.done.get() + elements as u64);
         (self.progress)(self.done.get() as f32 / self.total.max(1) as f32);
-    }
-
-    fn check_all_used(&self) -> Result<(), LoadError> {
-        let used = self.used.take();
-        let mut unused: Vec<&str> = self
-            .file
-            .tensor_names()
-            .filter(|name| !used.contains(*name))
-            .collect();
-        if unused.is_empty() {
-            return Ok(());
-        }
-        unused.sort_unstable();
-        let more = unused.len().saturating_sub(5);
-        unused.truncate(5);
-        let mut names = unused.join(", ");
-        if more > 0 {
-            names += &format!(" and {more} more");
-        }
-        Err(LoadError::UnusedTensors { names })
     }
 }
 
 /// Rows of several tensors that stand one below the other.
 fn stacked_rows(
-    file: &GgufFile,
-    handles: &[TensorHandle],
+    checkpoint: &Checkpoint,
+    tensors: &[&TensorHandle],
     range: Range<usize>,
 ) -> Result<Vec<f32>, LoadError> {
     let mut values = Vec::new();
     let mut first = 0;
-    for handle in handles {
-        let start = range.start.clamp(first, first + handle.rows) - first;
-        let end = range.end.clamp(first, first + handle.rows) - first;
+    for tensor in tensors {
+        let start = range.start.clamp(first, first + tensor.rows) - first;
+        let end = range.end.clamp(first, first + tensor.rows) - first;
         if start < end {
-            let rows = file.rows(handle, start..end)?;
+            let rows = checkpoint.rows(tensor, start..end)?;
+            check_range(tensor, &rows)?;
             if values.is_empty() {
                 values = rows;
             } else {
                 values.extend(rows);
             }
         }
-        first += handle.rows;
+        first += tensor.rows;
     }
     Ok(values)
+}
+
+/// Weights become f16, which bf16 and f32 outgrow.
+fn check_range(tensor: &TensorHandle, values: &[f32]) -> Result<(), LoadError> {
+    // False of a NaN as well.
+    let fits = |value: &f32| value.abs() <= F16_MAX;
+    match values.iter().find(|value| !fits(value)) {
+        None => Ok(()),
+        Some(&value) => Err(LoadError::Overflow {
+            name: tensor.name.clone(),
+            value,
+        }),
+    }
 }

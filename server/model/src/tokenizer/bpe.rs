@@ -1,8 +1,6 @@
-//! Byte-level BPE as GGUF files describe it (`tokenizer.ggml.model` = `gpt2`).
+//! The tokenizer that a GGUF file describes: byte-level BPE (`tokenizer.ggml.model` = `gpt2`), or
+//! SentencePiece's (`llama`).
 
-use std::collections::HashMap;
-
-use aho_corasick::{AhoCorasick, MatchKind};
 use tokenizers::{
     PreTokenizerWrapper, SplitDelimiterBehavior,
     models::bpe::{BPE, Vocab},
@@ -14,50 +12,31 @@ use tokenizers::{
     },
 };
 
-use super::TokenizerError;
+use super::{
+    END_OF_GENERATION, TokenizerError, sentence_piece,
+    special::{CONTROL, Part, SpecialTokens, UNKNOWN, USER_DEFINED},
+    vocabulary::{Spelling, TokenKind, Vocabulary},
+};
 use crate::{
     error::LoadError,
     gguf::{GgufFile, metadata_error},
 };
 
-/// `tokenizer.ggml.token_type`, from llama.cpp's `llama_token_type`.
-const CONTROL: u32 = 3;
-const USER_DEFINED: u32 = 4;
-
-/// Control tokens that end a generation whatever `eos_token_id` says, as in llama.cpp.
-const END_OF_GENERATION: [&str; 7] = [
-    "<|im_end|>",
-    "<|endoftext|>",
-    "<|end_of_text|>",
-    "<|eot_id|>",
-    "<|eom_id|>",
-    "<|end|>",
-    "<EOT>",
-];
-
 /// Words whose tokens are remembered, by each thread that encodes: there may be hundreds.
 const CACHED_WORDS: usize = 1000;
 
 const LLAMA3_SPLIT: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
+/// As Llama 3's, but every digit stands alone.
+const QWEN2_SPLIT: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
 
 pub(super) struct Bpe {
     inner: tokenizers::Tokenizer,
     special: SpecialTokens,
-    texts: Vec<String>,
-    /// The bytes of all tokens end to end; token `i` has `ends[i - 1]..ends[i]`.
-    bytes: Vec<u8>,
-    ends: Vec<u32>,
+    pub(super) vocabulary: Vocabulary,
 }
 
 impl Bpe {
     pub(super) fn from_gguf(file: &GgufFile) -> Result<Self, LoadError> {
-        let model = file.string("tokenizer.ggml.model")?;
-        if model != "gpt2" {
-            return Err(metadata_error(
-                "tokenizer.ggml.model",
-                format!("is {model:?}; only \"gpt2\" (byte-level BPE) is supported"),
-            ));
-        }
         let texts: Vec<String> = file
             .strings("tokenizer.ggml.tokens")?
             .into_iter()
@@ -70,71 +49,46 @@ impl Bpe {
                 format!("has {} entries for {} tokens", types.len(), texts.len()),
             ));
         }
-        let merges = file
-            .strings("tokenizer.ggml.merges")?
-            .into_iter()
-            .map(|merge| {
-                merge
-                    .split_once(' ')
-                    .map(|(a, b)| (a.to_owned(), b.to_owned()))
-                    .ok_or_else(|| {
-                        metadata_error("tokenizer.ggml.merges", format!("has {merge:?}"))
-                    })
-            })
-            .collect::<Result<Vec<_>, _>>()?;
-        let pre = pre_tokenizer(file.string_opt("tokenizer.ggml.pre")?.unwrap_or("gpt-2"))?;
-        Self::new(texts, &types, merges, pre)
+        match file.string("tokenizer.ggml.model")? {
+            "gpt2" => {
+                let pre = file.string_opt("tokenizer.ggml.pre")?.unwrap_or("gpt-2");
+                let inner = byte_level(&texts, merges(file)?, pre_tokenizer(pre)?)?;
+                Self::new(inner, texts, &types, Spelling::ByteLevel)
+            }
+            "llama" => {
+                let inner = sentence_piece::from_gguf(file, &texts, &types)?;
+                Self::new(inner, texts, &types, Spelling::SentencePiece)
+            }
+            other => Err(metadata_error(
+                "tokenizer.ggml.model",
+                format!(
+                    "is {other:?}; only \"gpt2\" (byte-level BPE) and \"llama\" (SentencePiece) \
+                     are supported"
+                ),
+            )),
+        }
     }
 
     fn new(
+        inner: tokenizers::Tokenizer,
         texts: Vec<String>,
         types: &[u32],
-        merges: Vec<(String, String)>,
-        pre: PreTokenizer,
+        spelling: Spelling,
     ) -> Result<Self, LoadError> {
-        let failed = |message: String| LoadError::Tokenizer { message };
-        let vocab: Vocab = texts.iter().cloned().zip(0..).collect();
-        let bpe = BPE::builder()
-            .vocab_and_merges(vocab, merges)
-            .ignore_merges(pre.ignore_merges)
-            .cache_capacity(CACHED_WORDS)
-            .build()
-            .map_err(|e| failed(e.to_string()))?;
-        let mut inner = tokenizers::Tokenizer::new(bpe);
-        inner.with_pre_tokenizer(Some(pre.split));
-
-        let to_byte = byte_of_char();
-        let mut bytes = Vec::new();
-        let mut ends = Vec::with_capacity(texts.len());
-        for (text, &kind) in texts.iter().zip(types) {
-            match kind {
-                CONTROL => {}
-                USER_DEFINED => bytes.extend_from_slice(text.as_bytes()),
-                _ => text.chars().for_each(|c| match to_byte.get(&c) {
-                    Some(&byte) => bytes.push(byte),
-                    None => bytes.extend_from_slice(c.encode_utf8(&mut [0; 4]).as_bytes()),
-                }),
-            }
-            ends.push(
-                u32::try_from(bytes.len())
-                    .map_err(|_| failed("the vocabulary's text is over 4 GiB".into()))?,
-            );
-        }
+        let special = SpecialTokens::new(&texts, types)?;
+        let kind = |kind: &u32| match *kind {
+            CONTROL => TokenKind::Control,
+            // SentencePiece's mark for what it can't spell stands for nothing.
+            UNKNOWN if spelling == Spelling::SentencePiece => TokenKind::Control,
+            USER_DEFINED => TokenKind::Verbatim,
+            _ => TokenKind::Ordinary,
+        };
+        let tokens = texts.into_iter().zip(types.iter().map(kind)).collect();
         Ok(Self {
-            special: SpecialTokens::new(&texts, types)?,
+            vocabulary: Vocabulary::new(tokens, spelling)?,
+            special,
             inner,
-            texts,
-            bytes,
-            ends,
         })
-    }
-
-    pub(super) fn vocab_size(&self) -> u32 {
-        self.ends.len() as u32
-    }
-
-    pub(super) fn token_text(&self, id: u32) -> Option<&str> {
-        self.texts.get(id as usize).map(String::as_str)
     }
 
     pub(super) fn end_of_generation_ids(&self) -> Vec<u32> {
@@ -145,15 +99,6 @@ impl Bpe {
             .filter(|(text, _)| END_OF_GENERATION.contains(&text.as_str()))
             .map(|&(_, id)| id)
             .collect()
-    }
-
-    /// The bytes that a token stands for; none for control tokens and unknown ids.
-    pub(super) fn bytes(&self, id: u32) -> &[u8] {
-        let Some(&end) = self.ends.get(id as usize) else {
-            return &[];
-        };
-        let start = (id as usize).checked_sub(1).map_or(0, |i| self.ends[i]);
-        &self.bytes[start as usize..end as usize]
     }
 
     pub(super) fn encode(
@@ -183,6 +128,37 @@ impl Bpe {
     }
 }
 
+fn merges(file: &GgufFile) -> Result<Vec<(String, String)>, LoadError> {
+    let merge = |merge: &str| {
+        merge
+            .split_once(' ')
+            .map(|(a, b)| (a.to_owned(), b.to_owned()))
+            .ok_or_else(|| metadata_error("tokenizer.ggml.merges", format!("has {merge:?}")))
+    };
+    let merges = file.strings("tokenizer.ggml.merges")?;
+    merges.into_iter().map(merge).collect()
+}
+
+/// The tokenizer of the text between control tokens.
+fn byte_level(
+    texts: &[String],
+    merges: Vec<(String, String)>,
+    pre: PreTokenizer,
+) -> Result<tokenizers::Tokenizer, LoadError> {
+    let vocab: Vocab = texts.iter().cloned().zip(0..).collect();
+    let bpe = BPE::builder()
+        .vocab_and_merges(vocab, merges)
+        .ignore_merges(pre.ignore_merges)
+        .cache_capacity(CACHED_WORDS)
+        .build()
+        .map_err(|e| LoadError::Tokenizer {
+            message: e.to_string(),
+        })?;
+    let mut tokenizer = tokenizers::Tokenizer::new(bpe);
+    tokenizer.with_pre_tokenizer(Some(pre.split));
+    Ok(tokenizer)
+}
+
 struct PreTokenizer {
     split: PreTokenizerWrapper,
     /// A piece that is a token as it stands is taken whole (Llama 3).
@@ -200,24 +176,12 @@ fn pre_tokenizer(name: &str) -> Result<PreTokenizer, LoadError> {
             PreTokenizerWrapper::Digits(Digits::new(true)),
             gpt2(),
         ])),
-        "llama-bpe" => {
-            let split = Split::new(
-                SplitPattern::Regex(LLAMA3_SPLIT.into()),
-                SplitDelimiterBehavior::Isolated,
-                false,
-            )
-            .map_err(|e| LoadError::Tokenizer {
-                message: e.to_string(),
-            })?;
-            PreTokenizerWrapper::Sequence(Sequence::new(vec![
-                PreTokenizerWrapper::Split(split),
-                PreTokenizerWrapper::ByteLevel(ByteLevel::new(false, false, false)),
-            ]))
-        }
+        "llama-bpe" => regex_split(LLAMA3_SPLIT)?,
+        "qwen2" => regex_split(QWEN2_SPLIT)?,
         other => {
             return Err(metadata_error(
                 "tokenizer.ggml.pre",
-                format!("is {other:?}; supported: gpt-2, smollm, llama-bpe"),
+                format!("is {other:?}; supported: gpt-2, smollm, llama-bpe, qwen2"),
             ));
         }
     };
@@ -227,88 +191,26 @@ fn pre_tokenizer(name: &str) -> Result<PreTokenizer, LoadError> {
     })
 }
 
-/// GPT-2's printable stand-ins for bytes, read backwards
-/// (<https://github.com/openai/gpt-2/blob/master/src/encoder.py>).
-fn byte_of_char() -> HashMap<char, u8> {
-    let printable = |b: u8| matches!(b, b'!'..=b'~' | 0xA1..=0xAC | 0xAE..=0xFF);
-    let others = (0..=255u8).filter(|&b| !printable(b));
-    (0..=255u8)
-        .filter(|&b| printable(b))
-        .map(|b| (char::from(b), b))
-        .chain(('\u{100}'..).zip(others))
-        .collect()
-}
-
-/// Tokens that are recognised in text before it is cut and merged.
-struct SpecialTokens {
-    /// Control and user-defined tokens.
-    control: Matcher,
-    /// Only the user-defined ones, which are text wherever they stand.
-    user_defined: Matcher,
-}
-
-struct Matcher {
-    automaton: AhoCorasick,
-    tokens: Vec<(String, u32)>,
-}
-
-enum Part<'a> {
-    Special(u32),
-    Text(&'a str),
-}
-
-impl SpecialTokens {
-    fn new(texts: &[String], types: &[u32]) -> Result<Self, LoadError> {
-        let matcher = |wanted: &[u32]| -> Result<Matcher, LoadError> {
-            let tokens: Vec<(String, u32)> = texts
-                .iter()
-                .cloned()
-                .zip(0..)
-                .zip(types)
-                .filter(|((text, _), kind)| !text.is_empty() && wanted.contains(kind))
-                .map(|(token, _)| token)
-                .collect();
-            let automaton = AhoCorasick::builder()
-                .match_kind(MatchKind::LeftmostLongest)
-                .build(tokens.iter().map(|(text, _)| text))
-                .map_err(|e| LoadError::Tokenizer {
-                    message: e.to_string(),
-                })?;
-            Ok(Matcher { automaton, tokens })
-        };
-        Ok(Self {
-            control: matcher(&[CONTROL, USER_DEFINED])?,
-            user_defined: matcher(&[USER_DEFINED])?,
-        })
-    }
-}
-
-impl Matcher {
-    fn split<'a>(
-        &self,
-        text: &'a str,
-        mut part: impl FnMut(Part<'a>) -> Result<(), TokenizerError>,
-    ) -> Result<(), TokenizerError> {
-        let mut done = 0;
-        for found in self.automaton.find_iter(text) {
-            if found.start() > done {
-                part(Part::Text(&text[done..found.start()]))?;
-            }
-            part(Part::Special(self.tokens[found.pattern().as_usize()].1))?;
-            done = found.end();
-        }
-        if done < text.len() {
-            part(Part::Text(&text[done..]))?;
-        }
-        Ok(())
-    }
+fn regex_split(expression: &str) -> Result<PreTokenizerWrapper, LoadError> {
+    let split = Split::new(
+        SplitPattern::Regex(expression.into()),
+        SplitDelimiterBehavior::Isolated,
+        false,
+    )
+    .map_err(|e| LoadError::Tokenizer {
+        message: e.to_string(),
+    })?;
+    Ok(PreTokenizerWrapper::Sequence(Sequence::new(vec![
+        PreTokenizerWrapper::Split(split),
+        PreTokenizerWrapper::ByteLevel(ByteLevel::new(false, false, false)),
+    ])))
 }
 
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
 
-    use super::*;
+    use super::{super::vocabulary::byte_of_char, *};
 
     /// All bytes, a few merges, a control and a user-defined token.
     fn small(pre: &str) -> Bpe {
@@ -324,22 +226,24 @@ mod tests {
         texts.extend(["<|im_end|>".into(), "[x y]".into()]);
         types.extend([CONTROL, USER_DEFINED]);
         let merges = merges.map(|(a, b)| (a.to_owned(), b.to_owned())).to_vec();
-        Bpe::new(texts, &types, merges, pre_tokenizer(pre).unwrap()).unwrap()
+        let inner = byte_level(&texts, merges, pre_tokenizer(pre).unwrap()).unwrap();
+        Bpe::new(inner, texts, &types, Spelling::ByteLevel).unwrap()
     }
 
     fn encode(bpe: &Bpe, text: &str, parse_special: bool) -> Vec<String> {
         let mut ids = Vec::new();
         bpe.encode(text, parse_special, &mut ids).unwrap();
         ids.iter()
-            .map(|&id| bpe.texts[id as usize].clone())
+            .map(|&id| bpe.vocabulary.text(id).unwrap().to_owned())
             .collect()
     }
 
     #[test]
-    fn digits_stand_alone_for_smollm_only() {
+    fn digits_stand_alone_for_smollm_and_qwen2_only() {
         assert_eq!(encode(&small("smollm"), "12 ab", true), ["1", "2", "Ġab"]);
         assert_eq!(encode(&small("gpt-2"), "12 ab", true), ["12", "Ġab"]);
         assert_eq!(encode(&small("llama-bpe"), "12 ab", true), ["12", "Ġab"]);
+        assert_eq!(encode(&small("qwen2"), "12 ab", true), ["1", "2", "Ġab"]);
     }
 
     #[test]
@@ -366,20 +270,20 @@ mod tests {
     #[test]
     fn control_tokens_and_unknown_ids_have_no_bytes() {
         let bpe = small("smollm");
-        assert_eq!(bpe.bytes(0), [0]);
-        assert_eq!(bpe.bytes(260), b"");
-        assert_eq!(bpe.bytes(261), b"[x y]");
-        assert_eq!(bpe.bytes(9999), b"");
+        assert_eq!(bpe.vocabulary.bytes(0), [0]);
+        assert_eq!(bpe.vocabulary.bytes(260), b"");
+        assert_eq!(bpe.vocabulary.bytes(261), b"[x y]");
+        assert_eq!(bpe.vocabulary.bytes(9999), b"");
     }
 
     proptest! {
         #[test]
         fn the_bytes_of_a_texts_tokens_are_the_text(text in "(\\PC|[ab12 \\n\\t])*") {
-            for pre in ["smollm", "llama-bpe"] {
+            for pre in ["smollm", "llama-bpe", "qwen2"] {
                 let bpe = small(pre);
                 let mut ids = Vec::new();
                 bpe.encode(&text, false, &mut ids).unwrap();
-                let bytes: Vec<u8> = ids.iter().flat_map(|&id| bpe.bytes(id).to_vec()).collect();
+                let bytes: Vec<u8> = ids.iter().flat_map(|&id| bpe.vocabulary.bytes(id).to_vec()).collect();
                 prop_assert_eq!(String::from_utf8(bytes).unwrap(), text.clone());
             }
         }

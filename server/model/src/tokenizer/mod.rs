@@ -1,15 +1,36 @@
 //! Text to token ids and back.
 
 mod bpe;
+mod hugging_face;
+mod sentence_piece;
 mod simulated;
+mod special;
 mod stream;
+mod vocabulary;
+
+use std::path::Path;
 
 use thiserror::Error;
 
+pub(crate) use hugging_face::optional_json;
+pub use hugging_face::{GENERATION_CONFIG, TOKENIZER, TOKENIZER_CONFIG};
 pub use stream::DecodeStream;
 
-use crate::{error::LoadError, gguf::GgufFile};
+use crate::{config::HuggingFaceConfig, error::LoadError, gguf::GgufFile};
 use bpe::Bpe;
+use hugging_face::HuggingFaceTokenizer;
+use vocabulary::Vocabulary;
+
+/// Control tokens that end a generation whatever `eos_token_id` says, as in llama.cpp.
+const END_OF_GENERATION: [&str; 7] = [
+    "<|im_end|>",
+    "<|endoftext|>",
+    "<|end_of_text|>",
+    "<|eot_id|>",
+    "<|eom_id|>",
+    "<|end|>",
+    "<EOT>",
+];
 
 #[derive(Debug, Error)]
 pub enum TokenizerError {
@@ -56,6 +77,7 @@ pub struct Tokenizer {
 
 enum Kind {
     Bpe(Box<Bpe>),
+    HuggingFace(Box<HuggingFaceTokenizer>),
     Simulated,
 }
 
@@ -63,7 +85,7 @@ impl Tokenizer {
     /// Builds the tokenizer that a GGUF file describes under `tokenizer.ggml.*`.
     pub fn from_gguf(file: &GgufFile) -> Result<Self, LoadError> {
         let bpe = Bpe::from_gguf(file)?;
-        let vocab_size = bpe.vocab_size();
+        let vocab_size = bpe.vocabulary.len();
         let id = |key: &str| -> Result<Option<u32>, LoadError> {
             match file.u32_opt(key)? {
                 Some(id) if id >= vocab_size => Err(crate::gguf::metadata_error(
@@ -87,9 +109,25 @@ impl Tokenizer {
             eos_token_ids,
             bos,
             eos,
+            // SentencePiece's texts begin with BOS unless the file says otherwise, as in llama.cpp.
             add_bos: file
                 .bool_opt("tokenizer.ggml.add_bos_token")?
-                .unwrap_or(false),
+                .unwrap_or(file.string("tokenizer.ggml.model")? == "llama"),
+        })
+    }
+
+    /// Reads tokenizer.json and what stands beside it in the folder of a Hugging Face checkpoint.
+    pub fn from_hugging_face(folder: &Path, config: &HuggingFaceConfig) -> Result<Self, LoadError> {
+        let (tokenizer, mut ends) = HuggingFaceTokenizer::read(folder, config)?;
+        ends.eos_token_ids.sort_unstable();
+        ends.eos_token_ids.dedup();
+        Ok(Self {
+            vocab_size: tokenizer.vocabulary.len(),
+            kind: Kind::HuggingFace(Box::new(tokenizer)),
+            eos_token_ids: ends.eos_token_ids,
+            bos: ends.bos,
+            eos: ends.eos,
+            add_bos: ends.add_bos,
         })
     }
 
@@ -115,6 +153,7 @@ impl Tokenizer {
         }
         match &self.kind {
             Kind::Bpe(bpe) => bpe.encode(text, options.parse_special, &mut ids)?,
+            Kind::HuggingFace(inner) => inner.encode(text, options.parse_special, &mut ids)?,
             Kind::Simulated => simulated::encode(text, self.vocab_size, &mut ids),
         }
         Ok(ids)
@@ -152,18 +191,23 @@ impl Tokenizer {
         self.eos.and_then(|id| self.token_text(id))
     }
 
-    fn token_text(&self, id: u32) -> Option<&str> {
+    fn vocabulary(&self) -> Option<&Vocabulary> {
         match &self.kind {
-            Kind::Bpe(bpe) => bpe.token_text(id),
+            Kind::Bpe(bpe) => Some(&bpe.vocabulary),
+            Kind::HuggingFace(inner) => Some(&inner.vocabulary),
             Kind::Simulated => None,
         }
     }
 
+    fn token_text(&self, id: u32) -> Option<&str> {
+        self.vocabulary()?.text(id)
+    }
+
     /// Passes on the bytes that a token stands for; none for control tokens and unknown ids.
     fn with_bytes(&self, id: u32, f: impl FnOnce(&[u8])) {
-        match &self.kind {
-            Kind::Bpe(bpe) => f(bpe.bytes(id)),
-            Kind::Simulated => f(&simulated::word(id)),
+        match self.vocabulary() {
+            Some(vocabulary) => f(vocabulary.bytes(id)),
+            None => f(&simulated::word(id)),
         }
     }
 }

@@ -1,0 +1,178 @@
+//! A tensor's place in a file, and reading it a few rows at a time.
+//!
+//! Bytes are read at their offsets rather than mapped: each is needed once, and a volume that goes
+//! away then is an error instead of a SIGBUS.
+
+use std::{borrow::Cow, fs::File, ops::Range, os::unix::fs::FileExt};
+
+use candle_core::{
+    Device,
+    quantized::{GgmlDType, QStorage, QTensor},
+};
+
+use crate::error::LoadError;
+
+/// Where a tensor lies: a row-major matrix, or a vector as one row.
+#[derive(Clone, Debug)]
+pub struct TensorHandle {
+    /// As its file calls it.
+    pub name: String,
+    pub rows: usize,
+    pub cols: usize,
+    dtype: GgmlDType,
+    /// Which of the checkpoint's files holds it.
+    pub(crate) file: usize,
+    offset: u64,
+    row_bytes: usize,
+    heads: Option<HalvedHeads>,
+}
+
+/// Rows (of a vector: elements) in groups of a head's, the pairs that rope rotates half a head
+/// apart.
+#[derive(Clone, Copy, Debug)]
+struct HalvedHeads {
+    size: usize,
+    rotated: usize,
+}
+
+impl TensorHandle {
+    /// `shape` is `[rows, cols]`, or `[cols]` of a vector.
+    pub(crate) fn new(
+        name: &str,
+        shape: &[usize],
+        dtype: GgmlDType,
+        file: usize,
+        offset: u64,
+    ) -> Result<Self, LoadError> {
+        let cols = shape.last().copied().unwrap_or(0);
+        let rows = shape.iter().product::<usize>() / cols.max(1);
+        if !cols.is_multiple_of(dtype.block_size()) {
+            return Err(LoadError::TensorType {
+                name: name.into(),
+                found: format!(
+                    "{dtype:?} with {cols} columns (not a multiple of {})",
+                    dtype.block_size()
+                ),
+            });
+        }
+        Ok(Self {
+            name: name.into(),
+            rows,
+            cols,
+            dtype,
+            file,
+            offset,
+            row_bytes: cols / dtype.block_size() * dtype.type_size(),
+            heads: None,
+        })
+    }
+
+    /// The same tensor, of which reading puts the pairs that rope rotates side by side. Its rows (or
+    /// a vector's elements) are those of whole heads of `size`, the first `rotated` dimensions in
+    /// two halves.
+    pub fn from_halves(mut self, size: usize, rotated: usize) -> Self {
+        self.heads = Some(HalvedHeads { size, rotated });
+        self
+    }
+}
+
+impl HalvedHeads {
+    /// Where the element that belongs at `index` stands in the file.
+    fn source(self, index: usize) -> usize {
+        let (head, dimension) = (index / self.size, index % self.size);
+        if dimension >= self.rotated {
+            return index;
+        }
+        head * self.size + dimension % 2 * (self.rotated / 2) + dimension / 2
+    }
+}
+
+/// Reads and dequantises some rows; an error says what is wrong with them.
+pub(crate) fn read_rows(
+    file: &File,
+    tensor: &TensorHandle,
+    rows: Range<usize>,
+) -> Result<Vec<f32>, String> {
+    let Some(heads) = tensor.heads else {
+        return read_in_order(file, tensor, rows);
+    };
+    if tensor.rows == 1 {
+        let values = read_in_order(file, tensor, 0..1)?;
+        return Ok((0..values.len()).map(|i| values[heads.source(i)]).collect());
+    }
+    let whole = rows.start / heads.size * heads.size
+        ..rows.end.next_multiple_of(heads.size).min(tensor.rows);
+    let values = read_in_order(file, tensor, whole.clone())?;
+    let mut ordered = Vec::with_capacity(rows.len() * tensor.cols);
+    for row in rows {
+        let at = (heads.source(row) - whole.start) * tensor.cols;
+        ordered.extend_from_slice(&values[at..at + tensor.cols]);
+    }
+    Ok(ordered)
+}
+
+fn read_in_order(
+    file: &File,
+    tensor: &TensorHandle,
+    rows: Range<usize>,
+) -> Result<Vec<f32>, String> {
+    let mut bytes = vec![0; rows.len() * tensor.row_bytes];
+    let offset = tensor
+        .offset
+        .saturating_add((rows.start * tensor.row_bytes) as u64);
+    file.read_exact_at(&mut bytes, offset)
+        .map_err(|e| format!("{} bytes at {offset}: {e}", bytes.len()))?;
+    QStorage::from_data(Cow::Owned(bytes), &Device::Cpu, tensor.dtype)
+        .and_then(|storage| QTensor::new(storage, (rows.len(), tensor.cols)))
+        .and_then(|q| q.dequantize(&Device::Cpu)?.flatten_all()?.to_vec1())
+        .map_err(|e| e.to_string())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write;
+
+    use super::*;
+
+    fn file_of(values: &[f32]) -> File {
+        let mut file = tempfile::tempfile().unwrap();
+        for value in values {
+            file.write_all(&value.to_le_bytes()).unwrap();
+        }
+        file
+    }
+
+    /// Two heads of 6 dimensions, of which 4 rotate, 2 columns.
+    #[test]
+    fn halves_of_a_head_are_interleaved_in_any_range_of_rows() {
+        let values: Vec<f32> = (0..24)
+            .map(|i| (i / 2) as f32 + 0.5 * (i % 2) as f32)
+            .collect();
+        let file = file_of(&values);
+        let tensor = TensorHandle::new("q", &[12, 2], GgmlDType::F32, 0, 0)
+            .unwrap()
+            .from_halves(6, 4);
+        let order = [0, 2, 1, 3, 4, 5, 6, 8, 7, 9, 10, 11];
+        for start in 0..12 {
+            for end in start + 1..=12 {
+                let expected: Vec<f32> = order[start..end]
+                    .iter()
+                    .flat_map(|&row| [row as f32, row as f32 + 0.5])
+                    .collect();
+                assert_eq!(read_rows(&file, &tensor, start..end).unwrap(), expected);
+            }
+        }
+    }
+
+    #[test]
+    fn a_vector_is_reordered_by_its_elements() {
+        let file = file_of(&[0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0]);
+        let bias = TensorHandle::new("b", &[8], GgmlDType::F32, 0, 0)
+            .unwrap()
+            .from_halves(4, 4);
+        assert_eq!(
+            read_rows(&file, &bias, 0..1).unwrap(),
+            [0.0, 2.0, 1.0, 3.0, 4.0, 6.0, 5.0, 7.0]
+        );
+    }
+}
