@@ -94,6 +94,8 @@ pub(crate) fn alike(a: Dials, b: Dials) -> bool {
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Choice {
     pub dials: Dials,
+    /// The dials that the capacity is about: the cap may follow load below what the law allows.
+    pub judged: Dials,
     pub capacity: Capacity,
 }
 
@@ -106,7 +108,7 @@ impl Choice {
     }
 }
 
-fn choice(model: &ReplicaModel, budget: u32, caps: DialRange) -> Option<Choice> {
+fn choice(model: &ReplicaModel, budget: u32, caps: DialRange, fleet: u32) -> Option<Choice> {
     let cap = model.cap(budget, caps.max);
     if cap == 0 {
         return None;
@@ -115,8 +117,12 @@ fn choice(model: &ReplicaModel, budget: u32, caps: DialRange) -> Option<Choice> 
         max_num_seqs: cap.max(caps.min),
         max_num_batched_tokens: budget,
     };
-    let capacity = model.capacity(dials)?;
-    Some(Choice { dials, capacity })
+    let capacity = model.capacity(dials, fleet)?;
+    Some(Choice {
+        dials,
+        judged: dials,
+        capacity,
+    })
 }
 
 /// The best dials by the law alone, or `current`'s budget while that is nearly as good; `None`
@@ -125,12 +131,13 @@ pub(crate) fn best(
     model: &ReplicaModel,
     (caps, budgets): (DialRange, DialRange),
     current: Dials,
+    fleet: u32,
 ) -> Option<Choice> {
     let choices: Vec<Choice> = (candidates(budgets))
-        .filter_map(|budget| choice(model, budget, caps))
+        .filter_map(|budget| choice(model, budget, caps, fleet))
         .collect();
     let most = choices.iter().map(Choice::worth).fold(0.0, f64::max);
-    let kept = choice(model, current.max_num_batched_tokens, caps);
+    let kept = choice(model, current.max_num_batched_tokens, caps, fleet);
     let kept = kept.filter(|c| c.worth() >= GOOD_ENOUGH * most && model.keeps(c.dials));
     kept.or_else(|| choices.into_iter().find(|c| c.worth() >= AS_GOOD * most))
 }
@@ -171,10 +178,11 @@ pub(crate) fn settled(
     (caps, budgets): (DialRange, DialRange),
     current: Dials,
     peak: u32,
+    fleet: u32,
     now: f64,
     motion: &mut Motion,
 ) -> Option<Choice> {
-    let best = best(model, (caps, budgets), current)?;
+    let best = best(model, (caps, budgets), current, fleet)?;
     // Moves that the objective is broken without, as by a mix that has changed.
     let urgent = !model.keeps(current);
     let budget = turn(
@@ -186,7 +194,7 @@ pub(crate) fn settled(
         &mut motion.budget,
     );
     // Where the budget stays a little off the best one, the cap goes with the budget in force.
-    let best = choice(model, budget, caps).unwrap_or(best);
+    let best = choice(model, budget, caps, fleet).unwrap_or(best);
     let cap = turn(
         current.max_num_seqs,
         following(best.dials.max_num_seqs, peak, current.max_num_seqs, caps),
@@ -201,8 +209,7 @@ pub(crate) fn settled(
         max_num_seqs: bound(cap, caps),
         max_num_batched_tokens: bound(budget, budgets),
     };
-    let capacity = best.capacity;
-    Some(Choice { dials, capacity })
+    Some(Choice { dials, ..best })
 }
 
 fn turn(

@@ -19,13 +19,16 @@ mod demand;
 mod dials;
 mod fleet;
 mod histogram;
+mod history;
 mod laws;
+mod mix;
 mod model;
 mod reason;
 mod replicas;
+mod starts;
 mod tune;
 
-pub use decision::{Decision, Load, Reason, ReasonCode};
+pub use decision::{Decision, Load, Outlook, Reason, ReasonCode};
 pub use memory::Memory;
 pub use observation::{
     Counters, DialRange, Dials, Histogram, ItlOf, Limits, Objectives, Observation, Phase, Replica,
@@ -34,8 +37,9 @@ pub use observation::{
 
 use demand::Demand;
 use fleet::Census;
-use model::Mix;
+use mix::Mix;
 use replicas::Need;
+use tune::Tuned;
 
 /// What a decision rests on.
 pub(crate) struct Scene<'a> {
@@ -63,8 +67,13 @@ pub fn decide(
     let since = observation.now - memory.decided_at;
     let now = memory.resume(observation.now);
     let census = Census::new(observation, now);
-    memory.tracks.observe(observation, now);
-    let demand = demand::measure(&memory.tracks, &census, memory.mix);
+    memory.starts.observe(observation);
+    let come = memory.tracks.observe(observation, now);
+    if let Some(until) = memory.tracks.known_until(now) {
+        let since = memory.watched.replace(until).unwrap_or(until);
+        memory.history.note(&come, since, until);
+    }
+    let demand = demand::measure(&memory.tracks, &memory.history, &census, memory.mix);
     if let Some(demand) = &demand {
         memory.remember_mix(demand, since);
     }
@@ -101,13 +110,7 @@ pub fn decide(
     let heard = !scene.census.sampled.is_empty();
     let (replicas, reason) = match scene.demand.as_ref().filter(|_| heard) {
         Some(demand) => {
-            let need = replicas::need(
-                demand,
-                tuned.capacity,
-                tuned.dials.max_num_seqs,
-                scene.census.ready(),
-                memory.misses.extra,
-            );
+            let need = replicas::need(&scene, demand, &tuned, memory);
             let moved_at = memory.motion.last();
             let misses = &mut memory.misses;
             replicas::learn_from_misses(&scene, demand, tuned.capacity, need, misses, moved_at);
@@ -121,6 +124,7 @@ pub fn decide(
         }
     };
 
+    let outlook = outlook(&scene, &tuned);
     memory.replicas = Some(replicas);
     memory.dials = Some(tuned.dials);
     Decision {
@@ -129,5 +133,18 @@ pub fn decide(
         overrides: tuned.overrides,
         reason,
         load: scene.demand.map(|demand| demand.load),
+        outlook,
     }
+}
+
+fn outlook(scene: &Scene, tuned: &Tuned) -> Option<Outlook> {
+    let (demand, one) = (scene.demand.as_ref()?, tuned.capacity?);
+    let (model, dials) = tuned.model.as_ref()?;
+    let ready = scene.census.ready().max(1);
+    let working = (f64::from(ready) - tuned.lacking).max(0.5);
+    let missed = model.misses_at(demand.trend.level / working, *dials, ready);
+    Some(Outlook {
+        one_carries: one.rate,
+        good_percent: 100.0 * (1.0 - missed),
+    })
 }

@@ -8,11 +8,15 @@ use stoker_law::Law;
 use crate::demand::Demand;
 use crate::dials::Motion;
 use crate::fleet::Tracks;
-use crate::model::Mix;
+use crate::history::History;
+use crate::mix::Mix;
+use crate::starts::Starts;
 use crate::observation::Dials;
 
 /// Seconds without a call after which nothing is known to have lasted.
 const GAP: f64 = 30.0;
+/// Seconds within which the known mix follows that of the last minute.
+const MIX_FOLLOWS: f64 = 120.0;
 
 /// Carried from one call of [`crate::decide`] to the next by the caller, who may store it as JSON
 /// (under 2 KB): recent samples are left out, so that after a restart rates are measured anew while
@@ -35,12 +39,17 @@ pub struct Memory {
     /// Scale-downs of late that had to be taken back.
     pub(crate) regrets: u32,
     pub(crate) misses: Misses,
+    pub(crate) history: History,
+    pub(crate) starts: Starts,
 
     /// The dials were set by somebody who knew more: they stay until the mix is known again.
     pub(crate) inherited: bool,
 
     #[serde(skip)]
     pub(crate) tracks: Tracks,
+    /// Up to when arrivals were watched by this process.
+    #[serde(skip)]
+    pub(crate) watched: Option<f64>,
     /// Own dials of unlike replicas.
     #[serde(skip)]
     pub(crate) own: BTreeMap<String, (Dials, Motion)>,
@@ -120,19 +129,21 @@ impl Memory {
         }
     }
 
-    /// The mix that is known while few requests come: it follows within a minute.
+    /// The mix that decisions go by: it follows within two minutes, or at once where the last minute's
+    /// can't be the same.
     pub(crate) fn remember_mix(&mut self, demand: &Demand, seconds: f64) {
         if !demand.mix_known {
             return;
         }
         let share = if seconds.is_finite() {
-            (seconds / 60.0).clamp(0.0, 1.0)
+            (seconds / MIX_FOLLOWS).clamp(0.0, 1.0)
         } else {
             0.0
         };
         self.mix = Some(match self.mix {
             None => demand.mix,
-            Some(old) => old.towards(demand.mix, share),
+            Some(old) if old != demand.mix => demand.mix,
+            Some(old) => old.towards(demand.fresh_mix, share),
         });
     }
 
@@ -148,12 +159,15 @@ impl Memory {
             now
         };
         if first || now < before {
+            // What was learnt stays; what has a time of its own doesn't.
             self.motion = Motion::default();
             self.raised_at = None;
             self.lowered_at = None;
             self.misses.changed_at = now;
             self.misses.shortage_at = now;
             self.tracks = Tracks::default();
+            self.history = History::default();
+            self.watched = None;
             self.differs_since = None;
             self.low.forget();
         } else if now - before > GAP {

@@ -3,15 +3,14 @@
 use crate::Scene;
 use crate::demand::Demand;
 use crate::memory::{Memory, Misses};
-use crate::model::Capacity;
-use crate::observation::Limits;
+use crate::model::{Capacity, LEAST_SHARE, ReplicaModel};
+use crate::observation::{Dials, Limits};
+use crate::tune::Tuned;
 
-/// Share of its capacity that a replica is planned to use: the rest is for bursts.
-const PLANNED: f64 = 0.85;
-/// The same for the replicas that would be left after a scale-down.
-const PLANNED_AFTER: f64 = 0.7;
 /// Without a law, the share of the cap that may be in use.
 const PLANNED_CAP: f64 = 0.7;
+/// Share of the misses allowed that the replicas left after a scale-down may be expected to have.
+const KEPT_MISSES: f64 = 0.7;
 /// Seconds between two orders for more.
 const BETWEEN_RAISES: f64 = 10.0;
 /// Seconds after a shortage in which misses teach nothing: requests that began in it still end.
@@ -28,52 +27,121 @@ const MOST_REGRETS: u32 = 3;
 /// Replicas that the load needs.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Need {
-    /// To order: demand that is sure.
+    /// To order, for when they will have started.
     pub up: u32,
-    /// To keep: demand that may be. Never less than `up`.
+    /// To keep. Never less than `up`.
     pub down: u32,
     /// `up` follows from the requests in flight rather than from their rate.
     pub by_in_flight: bool,
 }
 
-/// `capacity` is a replica's by the law; without one the cap in force is what counts.
-pub(crate) fn need(
-    demand: &Demand,
-    capacity: Option<Capacity>,
-    cap: u32,
-    ready: u32,
-    extra: u32,
-) -> Need {
+/// Without a law the cap in force is what counts.
+pub(crate) fn need(scene: &Scene, demand: &Demand, tuned: &Tuned, memory: &mut Memory) -> Need {
+    let start = memory.starts.usual();
+    let ahead = demand.trend.ahead(start).max(demand.trend.level);
+    memory.history.judge(demand.trend.ahead(start), start);
     if demand.idle {
         return Need::default();
     }
-    let whole = |x: f64| (x - 1e-9).ceil().max(0.0) as u32;
-    let (by_rate, by_in_flight, down) = match capacity {
-        Some(one) => {
-            let rate_up = demand.rate_up + demand.backlog_rate;
-            let rate_down = demand.rate_down + demand.backlog_rate;
-            let by_rate = whole(rate_up / (PLANNED * one.rate));
+    let ready = scene.census.ready();
+    let (by_rate, by_in_flight, down) = match (&tuned.model, tuned.capacity) {
+        (Some((model, dials)), Some(one)) => {
+            let fleet = Fleet {
+                model,
+                dials: *dials,
+                saturated_rate: one.saturated_rate,
+                error: memory.history.error(),
+                most: scene.limits.max_replicas.saturating_mul(2).max(1),
+            };
+            let by_rate = fleet.needs(ahead, 1.0);
             // Clients that wait for an answer before they ask again slow down with the fleet: what
             // is in flight tells of demand that the rate doesn't. An open queue looks the same and
             // asks for far too much, so each look adds half at most.
             let most = by_rate.max(ready);
             let most = most.saturating_add(most.div_ceil(2)).max(1);
             let by_in_flight = whole(demand.in_flight_up / one.in_flight).min(most);
-            let down = whole(rate_down / (PLANNED_AFTER * one.rate))
-                .max(whole(demand.in_flight_down / (PLANNED * one.in_flight)));
-            (by_rate, by_in_flight, down)
+            let down = fleet.needs(ahead, KEPT_MISSES);
+            let lacking = tuned.lacking.max(0.0).ceil() as u32;
+            (
+                by_rate.saturating_add(lacking),
+                by_in_flight.saturating_add(lacking),
+                down.saturating_add(lacking),
+            )
         }
-        None => {
-            let one = PLANNED_CAP * f64::from(cap.max(1));
+        _ => {
+            let one = PLANNED_CAP * f64::from(tuned.dials.max_num_seqs.max(1));
             let by_in_flight = whole(demand.in_flight_up / one);
             (0, by_in_flight, whole(demand.in_flight_down / one))
         }
     };
+    let extra = memory.misses.extra;
     let up = by_rate.max(by_in_flight).saturating_add(extra);
     Need {
         up,
         down: down.saturating_add(extra).max(up),
         by_in_flight: by_in_flight > by_rate,
+    }
+}
+
+fn whole(x: f64) -> u32 {
+    (x - 1e-9).ceil().max(0.0) as u32
+}
+
+/// What is asked of a number of replicas.
+struct Fleet<'a> {
+    model: &'a ReplicaModel,
+    dials: Dials,
+    /// Requests a second of one replica that never lacks work.
+    saturated_rate: f64,
+    /// Relative standard error of the forecast.
+    error: f64,
+    most: u32,
+}
+
+/// Nodes and weights of the normal distribution for Gauss and Hermite's quadrature.
+const NODES: [(f64, f64); 5] = [
+    (0.0, 0.533_333),
+    (-1.355_626, 0.222_076),
+    (1.355_626, 0.222_076),
+    (-2.856_970, 0.011_257),
+    (2.856_970, 0.011_257),
+];
+
+impl Fleet<'_> {
+    /// Share of requests that miss an objective when so many replicas are to carry what is forecast,
+    /// over what it may turn out to be.
+    fn misses(&self, rate: f64, replicas: u32) -> f64 {
+        let each = rate / f64::from(replicas);
+        let misses = NODES.map(|(z, weight)| {
+            let rate = each * (self.error * z).exp();
+            weight * self.model.misses_at(rate, self.dials, replicas)
+        });
+        misses.iter().sum()
+    }
+
+    /// The least number of replicas of which no more than `share` of the misses allowed is expected,
+    /// or that serve so little each that more of them wouldn't help.
+    fn needs(&self, rate: f64, share: f64) -> u32 {
+        let enough = |replicas: u32| {
+            rate / f64::from(replicas) <= LEAST_SHARE * self.saturated_rate
+                || self.misses(rate, replicas) <= share * self.model.allowed()
+        };
+        let (mut fails, mut does) = (0, 1);
+        while !enough(does) {
+            if does >= self.most {
+                return self.most;
+            }
+            (fails, does) = (does, does.saturating_mul(2).min(self.most));
+        }
+        while does - fails > 1 {
+            let middle = u32::midpoint(fails, does);
+            if enough(middle) {
+                does = middle;
+            } else {
+                fails = middle;
+            }
+        }
+        does
     }
 }
 
@@ -116,7 +184,7 @@ fn suffers(scene: &Scene, demand: &Demand, capacity: Option<Capacity>, replicas:
     let ended = demand.good + demand.missed;
     let allowed = ended * (1.0 - scene.objectives.good_percent.clamp(0.0, 100.0) / 100.0);
     let used = capacity.map_or(1.0, |one| {
-        demand.rate_up / (f64::from(replicas) * one.rate).max(1e-9)
+        demand.trend.level / (f64::from(replicas) * one.rate).max(1e-9)
     });
     ended >= 20.0 && demand.missed > allowed + 2.0 * allowed.max(1.0).sqrt() && used >= 0.3
 }

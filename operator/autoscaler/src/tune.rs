@@ -13,8 +13,12 @@ use crate::observation::{Dials, Sample};
 pub(crate) struct Tuned {
     pub dials: Dials,
     pub overrides: BTreeMap<String, Dials>,
-    /// Of a mean replica, where a law is known.
+    /// Of a replica that is like the fleet, where a law is known.
     pub capacity: Option<Capacity>,
+    /// The fleet's model with the dials that it is judged by.
+    pub model: Option<(ReplicaModel, Dials)>,
+    /// By how many replicas that are like the fleet the unlike ones fall short.
+    pub lacking: f64,
     /// Where no dials keep the inter-token objective: seconds of the smallest step, and the
     /// objective.
     pub hopeless: Option<(f64, f64)>,
@@ -28,8 +32,11 @@ pub(crate) fn tune(scene: &Scene, before: Dials, memory: &mut Memory) -> Tuned {
         dials: before,
         overrides: BTreeMap::new(),
         capacity: None,
+        model: None,
+        lacking: 0.0,
         hopeless: None,
     };
+    let size = scene.census.ready().max(1);
     let Some(fleet) = memory.fleet.filter(|known| model::usable(&known.law)) else {
         return tuned;
     };
@@ -38,7 +45,8 @@ pub(crate) fn tune(scene: &Scene, before: Dials, memory: &mut Memory) -> Tuned {
         && before != dials::initial(scene.limits);
     if now_known.is_none() || memory.inherited {
         // A stored law or a guessed mix says what a replica carries, but moves nothing.
-        tuned.capacity = model.capacity(before);
+        tuned.capacity = model.capacity(before, size);
+        tuned.model = Some((model, before));
     } else {
         let samples = scene.census.sampled.iter().map(|(_, sample)| *sample);
         let busiest = samples.max_by_key(|sample| in_flight(sample));
@@ -47,17 +55,20 @@ pub(crate) fn tune(scene: &Scene, before: Dials, memory: &mut Memory) -> Tuned {
             Some(choice) => {
                 tuned.dials = dials::bounded(choice.dials, scene.limits);
                 tuned.capacity = Some(choice.capacity);
+                tuned.model = Some((model, choice.judged));
             }
             None => {
                 tuned.dials = dials::initial(scene.limits);
-                tuned.capacity = model.capacity(tuned.dials);
+                tuned.capacity = model.capacity(tuned.dials, size);
                 tuned.hopeless = Some((model.step_seconds(1.0, 1.0), scene.objectives.itl_seconds));
+                tuned.model = Some((model, tuned.dials));
             }
         }
     }
     let own = own_dials(scene, &trusted, fleet, &mut tuned, memory);
-    if let Some(one) = &mut tuned.capacity {
-        *one = mean(*one, &own, scene.census.ready());
+    if let Some(one) = &tuned.capacity {
+        let lacks = |own: &Capacity| (1.0 - own.rate / one.rate).max(-1.0);
+        tuned.lacking = own.iter().map(lacks).sum();
     }
     tuned
 }
@@ -118,6 +129,7 @@ fn settled(
         dials::ranges(scene.limits, known.ceilings),
         before,
         peak,
+        scene.census.ready().max(1),
         scene.now,
         motion,
     )
@@ -125,18 +137,4 @@ fn settled(
 
 fn in_flight(sample: &Sample) -> u32 {
     sample.running.saturating_add(sample.waiting)
-}
-
-/// What a replica carries on average, where some carry what is their own.
-fn mean(one: Capacity, own: &[Capacity], ready: u32) -> Capacity {
-    let unlike = own.len() as f64;
-    let all = f64::from(ready).max(unlike).max(1.0);
-    let mean = |of: fn(&Capacity) -> f64| {
-        ((all - unlike) * of(&one) + own.iter().map(of).sum::<f64>()) / all
-    };
-    Capacity {
-        rate: mean(|c| c.rate),
-        in_flight: mean(|c| c.in_flight),
-        saturated_rate: mean(|c| c.saturated_rate),
-    }
 }
