@@ -60,12 +60,6 @@ impl<'a> Census<'a> {
     pub fn waiting(&self) -> u32 {
         (self.sampled.iter()).fold(0, |sum, (_, sample)| sum.saturating_add(sample.waiting))
     }
-
-    pub fn waiting_prompt_tokens(&self) -> f64 {
-        (self.sampled.iter())
-            .map(|(_, sample)| sample.waiting_prompt_tokens as f64)
-            .sum()
-    }
 }
 
 fn fresh(replica: &Replica, now: f64) -> Option<&Sample> {

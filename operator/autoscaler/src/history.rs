@@ -22,7 +22,7 @@ const FIRST_ERROR: f64 = 0.12;
 /// What an error counts at most: a jump is no error of a trend.
 const MOST_ERROR: f64 = 0.4;
 /// Seconds either side over which a forecast is checked.
-const CHECKED_OVER: f64 = 15.0;
+const CHECKED_OVER: f64 = 30.0;
 
 /// Requests that came within an interval.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -207,7 +207,11 @@ impl History {
     /// Remembers what is forecast for a time, once a bucket, and checks what has come true.
     pub fn judge(&mut self, rate: f64, horizon: f64) {
         let due = self.until + horizon;
-        if self.forecasts.back().is_none_or(|last| due - last.0 >= GRAIN) {
+        if self
+            .forecasts
+            .back()
+            .is_none_or(|last| due - last.0 >= GRAIN)
+        {
             self.forecasts.push_back((due, rate));
         }
         while self.forecasts.len() > 64 {

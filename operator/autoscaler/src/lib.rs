@@ -100,7 +100,7 @@ pub fn decide(
         scene: &scene,
         capacity: tuned.capacity,
         need: Need::default(),
-        extra: memory.misses.extra,
+        derating: memory.misses.derating(),
         dials: tuned.dials,
         moved_from: (tuned.dials != before).then_some(before),
         hopeless: tuned.hopeless,
@@ -113,7 +113,7 @@ pub fn decide(
             let need = replicas::need(&scene, demand, &tuned, memory);
             let moved_at = memory.motion.last();
             let misses = &mut memory.misses;
-            replicas::learn_from_misses(&scene, demand, tuned.capacity, need, misses, moved_at);
+            replicas::learn_from_misses(&scene, demand, &tuned, need, misses, moved_at);
             let plan = replicas::plan(&scene, demand, tuned.capacity, need, current, memory);
             facts.need = need;
             (plan.replicas(), facts.of(plan, demand))
@@ -139,10 +139,7 @@ pub fn decide(
 
 fn outlook(scene: &Scene, tuned: &Tuned) -> Option<Outlook> {
     let (demand, one) = (scene.demand.as_ref()?, tuned.capacity?);
-    let (model, dials) = tuned.model.as_ref()?;
-    let ready = scene.census.ready().max(1);
-    let working = (f64::from(ready) - tuned.lacking).max(0.5);
-    let missed = model.misses_at(demand.trend.level / working, *dials, ready);
+    let missed = tuned.expected_misses(scene, demand, 1.0)?;
     Some(Outlook {
         one_carries: one.rate,
         good_percent: 100.0 * (1.0 - missed),

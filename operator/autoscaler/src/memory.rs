@@ -10,8 +10,8 @@ use crate::dials::Motion;
 use crate::fleet::Tracks;
 use crate::history::History;
 use crate::mix::Mix;
-use crate::starts::Starts;
 use crate::observation::Dials;
+use crate::starts::Starts;
 
 /// Seconds without a call after which nothing is known to have lasted.
 const GAP: f64 = 30.0;
@@ -36,8 +36,6 @@ pub struct Memory {
     pub(crate) low: Low,
     pub(crate) raised_at: Option<f64>,
     pub(crate) lowered_at: Option<f64>,
-    /// Scale-downs of late that had to be taken back.
-    pub(crate) regrets: u32,
     pub(crate) misses: Misses,
     pub(crate) history: History,
     pub(crate) starts: Starts,
@@ -69,14 +67,31 @@ pub(crate) struct Known {
     pub ceilings: Dials,
 }
 
-/// Replicas that misses ask for beyond what the law predicts.
+/// Misses measured against misses predicted.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
 pub(crate) struct Misses {
-    pub extra: u32,
-    pub changed_at: f64,
+    /// By how much less a replica carries than its law says; 0 before anything was learnt.
+    pub derating: f64,
+    /// Requests that ended, missed, and were expected to miss; older ones count less.
+    pub ended: f64,
+    pub missed: f64,
+    pub expected: f64,
+    /// Shares predicted since the last comparison, and how many.
+    pub predicted: (f64, u32),
+    pub judged_at: f64,
     /// When replicas or samples were last lacking.
     pub shortage_at: f64,
+}
+
+impl Misses {
+    pub fn derating(&self) -> f64 {
+        if self.derating.is_finite() {
+            self.derating.max(1.0)
+        } else {
+            1.0
+        }
+    }
 }
 
 /// How many replicas were needed over the stabilization time, as the maxima of a few slots.
@@ -109,6 +124,11 @@ impl Low {
             Some(i) => self.slots.get(i + 1),
         };
         since.map_or(0.0, |(start, _)| (now - start).max(0.0))
+    }
+
+    /// The most that was needed.
+    pub fn most(&self) -> u32 {
+        self.slots.iter().map(|(_, most)| *most).max().unwrap_or(0)
     }
 
     pub fn forget(&mut self) {
@@ -163,7 +183,7 @@ impl Memory {
             self.motion = Motion::default();
             self.raised_at = None;
             self.lowered_at = None;
-            self.misses.changed_at = now;
+            self.misses.judged_at = now;
             self.misses.shortage_at = now;
             self.tracks = Tracks::default();
             self.history = History::default();

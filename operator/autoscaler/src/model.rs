@@ -31,7 +31,7 @@ const KV_PLANNED: f64 = 0.9;
 /// objectives can't be kept: no number of replicas would help, so don't order them all.
 pub(crate) const LEAST_SHARE: f64 = 0.25;
 /// Halvings of a range of sequences: to within 0.1 %.
-const HALVINGS: u32 = 14;
+pub(crate) const HALVINGS: u32 = 14;
 
 /// What one replica carries with given dials.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -95,6 +95,19 @@ impl ReplicaModel {
         }
     }
 
+    /// The figures that decide over dials.
+    pub fn about(&self) -> [f64; 6] {
+        let (law, mix) = (&self.law, &self.mix);
+        [
+            law.base,
+            law.per_token,
+            law.hidden,
+            mix.prompt,
+            mix.output,
+            mix.context,
+        ]
+    }
+
     /// Seconds of a step with `sequences` of the mean context that computes `tokens`.
     pub fn step_seconds(&self, sequences: f64, tokens: f64) -> f64 {
         let law = &self.law;
@@ -137,10 +150,15 @@ impl ReplicaModel {
     /// What a replica of a fleet of `fleet` carries with these dials; `None` where it can't serve at
     /// all.
     pub fn capacity(&self, dials: Dials, fleet: u32) -> Option<Capacity> {
+        self.capacity_within(dials, fleet, HALVINGS)
+    }
+
+    /// The same, as exactly as so many halvings of the range make it.
+    pub fn capacity_within(&self, dials: Dials, fleet: u32, halvings: u32) -> Option<Capacity> {
         let most = self.most(dials);
         let saturated = self.operation(most, dials.max_num_batched_tokens)?;
         let (mut keeps, mut fails) = (0.0, most);
-        for _ in 0..HALVINGS {
+        for _ in 0..halvings {
             let n = f64::midpoint(keeps, fails);
             let operation = self.operation(n, dials.max_num_batched_tokens);
             if operation.is_some_and(|o| self.missed(&o, dials, fleet) <= self.misses) {
@@ -374,6 +392,9 @@ fn upper_tail(z: f64) -> f64 {
 fn gamma_tail(x: f64, mean: f64, variance: f64) -> f64 {
     if mean <= 0.0 || variance <= 0.0 {
         return if x < mean { 1.0 } else { 0.0 };
+    }
+    if x > mean && (x - mean) * (x - mean) > 100.0 * variance {
+        return 0.0;
     }
     let ninth = variance / (9.0 * mean * mean);
     upper_tail(((x / mean).max(0.0).cbrt() - (1.0 - ninth)) / ninth.sqrt())

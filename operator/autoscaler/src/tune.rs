@@ -3,11 +3,15 @@
 use std::collections::BTreeMap;
 
 use crate::Scene;
+use crate::demand::Demand;
 use crate::dials::{self, Choice, Motion};
 use crate::laws;
 use crate::memory::{Known, Memory};
 use crate::model::{self, Capacity, ReplicaModel};
 use crate::observation::{Dials, Sample};
+
+/// Searches for the dials of unlike replicas in one call: the others wait for their turn.
+const SEARCHES: u32 = 1;
 
 /// What the laws say.
 pub(crate) struct Tuned {
@@ -22,6 +26,17 @@ pub(crate) struct Tuned {
     /// Where no dials keep the inter-token objective: seconds of the smallest step, and the
     /// objective.
     pub hopeless: Option<(f64, f64)>,
+}
+
+impl Tuned {
+    /// Share of requests that the ready replicas will miss at the load of the moment, where each
+    /// carries so much less than its law says. `None` without a law.
+    pub fn expected_misses(&self, scene: &Scene, demand: &Demand, derating: f64) -> Option<f64> {
+        let (model, dials) = self.model.as_ref()?;
+        let ready = scene.census.ready().max(1);
+        let working = (f64::from(ready) - self.lacking).max(0.5);
+        Some(model.misses_at(derating * demand.trend.level / working, *dials, ready))
+    }
 }
 
 pub(crate) fn tune(scene: &Scene, before: Dials, memory: &mut Memory) -> Tuned {
@@ -51,7 +66,7 @@ pub(crate) fn tune(scene: &Scene, before: Dials, memory: &mut Memory) -> Tuned {
         let samples = scene.census.sampled.iter().map(|(_, sample)| *sample);
         let busiest = samples.max_by_key(|sample| in_flight(sample));
         let motion = &mut memory.motion;
-        match settled(scene, &model, fleet, before, busiest, motion) {
+        match settled(scene, &model, fleet, before, busiest, true, motion) {
             Some(choice) => {
                 tuned.dials = dials::bounded(choice.dials, scene.limits);
                 tuned.capacity = Some(choice.capacity);
@@ -83,6 +98,7 @@ fn own_dials(
 ) -> Vec<Capacity> {
     let mut before = std::mem::take(&mut memory.own);
     let mut carried = Vec::new();
+    let mut searches = SEARCHES;
     for (replica, sample) in trusted {
         let known = laws::known(sample);
         if !laws::unlike(known, fleet, scene.mix, *scene.objectives, tuned.dials) {
@@ -92,7 +108,19 @@ fn own_dials(
             (before.remove(&replica.id)).unwrap_or((tuned.dials, Motion::default()));
         let was = dials::bounded(was, scene.limits);
         let model = model_of(scene, known);
-        let Some(choice) = settled(scene, &model, known, was, Some(sample), &mut motion) else {
+        let young = motion.search_began_at();
+        let may_search = searches > 0;
+        let choice = settled(
+            scene,
+            &model,
+            known,
+            was,
+            Some(sample),
+            may_search,
+            &mut motion,
+        );
+        searches -= u32::from(may_search && motion.search_began_at() != young);
+        let Some(choice) = choice else {
             continue;
         };
         let own = dials::bounded(choice.dials, scene.limits);
@@ -120,6 +148,7 @@ fn settled(
     known: Known,
     before: Dials,
     busiest: Option<&Sample>,
+    may_search: bool,
     motion: &mut Motion,
 ) -> Option<Choice> {
     let lately = scene.demand.as_ref().map_or(0, |d| d.peak_in_flight);
@@ -130,6 +159,7 @@ fn settled(
         before,
         peak,
         scene.census.ready().max(1),
+        may_search,
         scene.now,
         motion,
     )

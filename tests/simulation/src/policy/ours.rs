@@ -30,7 +30,7 @@ impl Stoker {
                 max_replicas: setup.max_replicas,
                 max_num_seqs: range(SEQS, setup.dials.max_num_seqs),
                 max_num_batched_tokens: range(TOKENS, setup.dials.max_num_batched_tokens),
-                scale_down_stabilization_seconds: 300.0,
+                scale_down_stabilization_seconds: 75.0,
             },
             memory: Memory::default(),
             reason: None,
