@@ -149,6 +149,12 @@ impl Memory {
         }
     }
 
+    /// The same memory, told how many seconds a replica takes to start, until starts were seen.
+    pub fn expecting_start(mut self, seconds: f64) -> Self {
+        self.starts.expect(seconds);
+        self
+    }
+
     /// The mix that decisions go by: it follows within two minutes, or at once where the last minute's
     /// can't be the same.
     pub(crate) fn remember_mix(&mut self, demand: &Demand, seconds: f64) {
