@@ -86,7 +86,7 @@ impl ItlStatistic {
         .field_path(".maxReplicas"),
 )]
 pub struct Scaling {
-    /// `Auto`: replicas follow the load. `Manual`: replicas are spec.replicas, and only the dials follow the load. Who changes to Manual should set spec.replicas in the same change.
+    /// `Auto`: replicas follow the load. `Recommend`: what would be decided is reported, and nothing changes: replicas are spec.replicas, and dials stay. `Manual`: replicas are spec.replicas, and only the dials follow the load. Who changes to Manual should set spec.replicas in the same change.
     #[serde(default)]
     pub mode: ScalingMode,
 
@@ -105,7 +105,7 @@ pub struct Scaling {
     #[schemars(range(min = 1, max = 1000))]
     pub max_replicas: i32,
 
-    /// How long fewer replicas must have been enough before one goes.
+    /// How long fewer replicas must have been enough before some go. About as long as a replica takes to start: an idle one costs no more until then than a new one would.
     #[serde(default = "scale_down_stabilization_seconds")]
     #[schemars(range(min = 0, max = 86_400))]
     pub scale_down_stabilization_seconds: i32,
@@ -115,6 +115,7 @@ pub struct Scaling {
 pub enum ScalingMode {
     #[default]
     Auto,
+    Recommend,
     Manual,
 }
 
@@ -170,7 +171,7 @@ fn max_replicas() -> i32 {
 }
 
 fn scale_down_stabilization_seconds() -> i32 {
-    300
+    75
 }
 
 fn max_surge() -> IntOrString {

@@ -16,6 +16,17 @@ pub struct Decision {
     pub reason: Reason,
     /// The load that the decision rests on; `None` before two samples are in.
     pub load: Option<Load>,
+    /// What the law says about that load; `None` where no law or no load is known.
+    pub outlook: Option<Outlook>,
+}
+
+/// What the model expects of the replicas that are ready.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Outlook {
+    /// Requests a second that one of them carries within its objectives.
+    pub one_carries: f64,
+    /// Share of the requests that will meet all objectives at the load of the moment, in percent.
+    pub good_percent: f64,
 }
 
 /// Why, for programs and for people.

@@ -2,26 +2,25 @@
 
 use crate::decision::Load;
 use crate::fleet::{Census, Tracks, Window};
-use crate::model::Mix;
+use crate::history::{History, Trend};
+use crate::mix::Mix;
+use crate::observation::Histogram;
 
-/// Seconds: long enough that a few requests a second are a rate, short enough to see a ramp.
+/// Seconds: long enough that a few requests a second are a rate, short enough to see a change.
 const FAST: f64 = 15.0;
 const SLOW: f64 = 60.0;
-/// Seconds within which requests that wait should be served beside those that come.
-const CLEARING: f64 = 30.0;
 /// A mix that was known before counts like this many requests.
 const KNOWN_BEFORE: f64 = 30.0;
 /// A guess counts like this many.
 const GUESSED: f64 = 4.0;
+/// Standard errors by which the mix of the last minute may differ from the one known before to be
+/// the same one.
+const SAME_MIX: f64 = 3.0;
 
 #[derive(Clone, Debug)]
 pub(crate) struct Demand {
-    /// Requests a second that came for sure: a short burst counts by what can't be chance.
-    pub rate_up: f64,
-    /// The most that may have come.
-    pub rate_down: f64,
-    /// Requests a second that it takes to clear what waits.
-    pub backlog_rate: f64,
+    /// Requests a second: now, and where they go.
+    pub trend: Trend,
     /// Requests running or waiting in the fleet: for sure, and at most.
     pub in_flight_up: f64,
     pub in_flight_down: f64,
@@ -29,7 +28,10 @@ pub(crate) struct Demand {
     pub peak_in_flight: u32,
     /// Nothing runs, waits or came of late.
     pub idle: bool,
+    /// What decisions go by.
     pub mix: Mix,
+    /// The mix of the last minute.
+    pub fresh_mix: Mix,
     /// Whether the mix was measured rather than guessed.
     pub mix_known: bool,
     /// Of the requests that ended in the last minute.
@@ -39,29 +41,32 @@ pub(crate) struct Demand {
 }
 
 /// `None` before the second sample of any replica.
-pub(crate) fn measure(tracks: &Tracks, census: &Census, before: Option<Mix>) -> Option<Demand> {
+pub(crate) fn measure(
+    tracks: &Tracks,
+    history: &History,
+    census: &Census,
+    before: Option<Mix>,
+) -> Option<Demand> {
     let fast = tracks.window(FAST)?;
     let slow = tracks.window(SLOW)?;
     let (mix, mix_known) = mix(&slow, before);
-    let rate = |window: &Window| window.received / window.seconds;
-    let sure = (fast.received - fast.received.sqrt()).max(0.0) / fast.seconds;
-
-    let ready = census.sampled.len() as f64;
+    let mut trend = history.trend()?;
+    // Who is silent gets as much as the others.
+    let heard = f64::from(census.ready().saturating_sub(census.silent)).max(1.0);
+    let unheard = f64::from(census.ready()) / heard;
+    trend.level *= unheard;
+    trend.slope *= unheard;
     let waiting = f64::from(census.waiting());
-    let waiting_prompts = census.waiting_prompt_tokens() / mix.prompt;
-    // A prompt a replica is being computed at any time without anybody waiting.
-    let backlog_rate = (waiting.max(waiting_prompts) - ready).max(0.0) / CLEARING;
     let now_in_flight = f64::from(census.running()) + waiting;
 
     Some(Demand {
-        rate_up: rate(&slow).max(sure),
-        rate_down: rate(&slow).max(rate(&fast)),
-        backlog_rate,
+        trend,
         in_flight_up: (fast.in_flight - fast.in_flight.sqrt()).max(0.0),
         in_flight_down: fast.in_flight.max(now_in_flight),
         peak_in_flight: slow.peak_in_flight,
         idle: now_in_flight == 0.0 && fast.received < 0.5,
         mix,
+        fresh_mix: fresh_mix(&slow, before),
         mix_known,
         good: slow.met,
         missed: slow.missed,
@@ -82,8 +87,35 @@ fn load(fast: &Window, slow: &Window, census: &Census) -> Load {
     }
 }
 
-/// The mix of the last minute, drawn to the one known before while few requests have come.
+/// The mix known before while the last minute's may be the same, else the last minute's.
 fn mix(slow: &Window, before: Option<Mix>) -> (Mix, bool) {
+    let fresh = fresh_mix(slow, before);
+    let known = before.is_some() || (slow.received >= 5.0 && slow.finished >= 5.0);
+    let Some(before) = before else {
+        return (fresh, known);
+    };
+    let same = |now: f64, was: f64, variation: f64, n: f64| {
+        let chance = (variation.max(0.1) / n.max(1.0)).sqrt();
+        (now / was - 1.0).abs() <= SAME_MIX * chance
+    };
+    let prompts = same(
+        fresh.prompt,
+        before.prompt,
+        before.prompt_variation,
+        slow.received,
+    );
+    let outputs = same(
+        fresh.output,
+        before.output,
+        before.output_variation,
+        slow.finished,
+    );
+    let mix = if prompts && outputs { before } else { fresh };
+    (mix, known)
+}
+
+/// The mix of the last minute, drawn to the one known before while few requests have come.
+fn fresh_mix(slow: &Window, before: Option<Mix>) -> Mix {
     let weight = if before.is_some() {
         KNOWN_BEFORE
     } else {
@@ -95,14 +127,12 @@ fn mix(slow: &Window, before: Option<Mix>) -> (Mix, bool) {
     let prompt = blend(slow.prompt_tokens_received, slow.received, prior.prompt);
     // Tokens of answers that go on count as well: those that have ended are the short ones while
     // load is young. (For exponentially distributed lengths this is the estimate of most likelihood.)
-    let ended = slow.finished;
-    let output = blend(slow.generated, ended, prior.output);
-    let lengths = &slow.prompt_length;
-    let counted = lengths.total();
-    let variation = lengths
-        .squared_variation()
-        .unwrap_or(prior.prompt_variation);
-    let long = (lengths.quantile(0.95)).unwrap_or(prior.long_prompt * prompt / prior.prompt);
+    let output = blend(slow.generated, slow.finished, prior.output);
+    let variation = |lengths: &Histogram, prior: f64| {
+        let counted = lengths.total();
+        let variation = lengths.squared_variation().unwrap_or(prior);
+        blend(variation * counted, counted, prior)
+    };
     // Samples of a sequence that runs for a while aren't independent.
     let runs = slow.running_samples / 5.0;
     let context = if slow.running_samples > 0.0 {
@@ -114,13 +144,12 @@ fn mix(slow: &Window, before: Option<Mix>) -> (Mix, bool) {
     } else {
         prompt + output / 2.0
     };
-    let mix = Mix {
+    Mix {
         prompt,
-        prompt_variation: blend(variation * counted, counted, prior.prompt_variation),
-        long_prompt: blend(long * counted, counted, prior.long_prompt),
+        prompt_variation: variation(&slow.prompt_length, prior.prompt_variation),
         output,
+        output_variation: variation(&slow.generation_length, prior.output_variation),
         context,
-    };
-    let known = before.is_some() || (slow.received >= 5.0 && ended >= 5.0);
-    (mix.bounded(), known)
+    }
+    .bounded()
 }

@@ -1,6 +1,6 @@
 //! The two dials from the law.
 
-use crate::model::{Capacity, ReplicaModel};
+use crate::model::{Capacity, HALVINGS, ReplicaModel};
 use crate::observation::{DialRange, Dials, Limits};
 
 /// A dial that would move by less than this share stays where it is. The cap that the budget can
@@ -8,9 +8,15 @@ use crate::observation::{DialRange, Dials, Limits};
 const BUDGET_BAND: f64 = 0.1;
 const CAP_BAND: f64 = 0.25;
 /// A budget is kept while it is worth at least this share of the best one.
-const GOOD_ENOUGH: f64 = 0.93;
+const GOOD_ENOUGH: f64 = 0.97;
 /// Among budgets worth this share of the best one the smallest is taken: it has the shortest steps.
 const AS_GOOD: f64 = 0.99;
+/// Halvings that tell settings apart by half a percent.
+const ROUGHLY: u32 = 8;
+/// Seconds for which a search's result is good while law and mix stay within this share of what it
+/// was about.
+const SEARCH_KEPT: f64 = 20.0;
+const NEAR: f64 = 0.05;
 /// Seconds before a dial may go back on its last move.
 const BEFORE_REVERSAL: f64 = 60.0;
 /// Before load asks for more, the cap goes no further than this multiple of its initial value: the
@@ -23,9 +29,44 @@ const UNASKED: u32 = 4;
 pub(crate) struct Motion {
     cap: Option<(f64, bool)>,
     budget: Option<(f64, bool)>,
+    #[serde(skip)]
+    search: Option<Search>,
+}
+
+/// What came of the last search for the best dials, and for what.
+#[derive(Clone, Copy, Debug, PartialEq)]
+struct Search {
+    at: f64,
+    about: [f64; 6],
+    fleet: u32,
+    ranges: (DialRange, DialRange),
+    found: Choice,
 }
 
 impl Motion {
+    /// The last search's result, where it is young and was about nearly the same.
+    fn found(
+        &self,
+        model: &ReplicaModel,
+        ranges: (DialRange, DialRange),
+        fleet: u32,
+        now: f64,
+    ) -> Option<Choice> {
+        let search = self.search.filter(|search| {
+            let near = |(a, b): (&f64, f64)| (a - b).abs() <= NEAR * a.abs();
+            (0.0..SEARCH_KEPT).contains(&(now - search.at))
+                && search.ranges == ranges
+                && search.fleet == fleet
+                && search.about.iter().zip(model.about()).all(near)
+        })?;
+        Some(search.found)
+    }
+
+    /// When the last search was made.
+    pub fn search_began_at(&self) -> Option<f64> {
+        Some(self.search?.at)
+    }
+
     /// When a dial moved last.
     pub fn last(&self) -> Option<f64> {
         let times = [self.cap, self.budget].into_iter().flatten();
@@ -91,9 +132,11 @@ pub(crate) fn alike(a: Dials, b: Dials) -> bool {
 }
 
 /// What the law allows: dials, and what they carry.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq)]
 pub(crate) struct Choice {
     pub dials: Dials,
+    /// The dials that the capacity is about: the cap may follow load below what the law allows.
+    pub judged: Dials,
     pub capacity: Capacity,
 }
 
@@ -106,7 +149,13 @@ impl Choice {
     }
 }
 
-fn choice(model: &ReplicaModel, budget: u32, caps: DialRange) -> Option<Choice> {
+fn choice(
+    model: &ReplicaModel,
+    budget: u32,
+    caps: DialRange,
+    fleet: u32,
+    halvings: u32,
+) -> Option<Choice> {
     let cap = model.cap(budget, caps.max);
     if cap == 0 {
         return None;
@@ -115,8 +164,12 @@ fn choice(model: &ReplicaModel, budget: u32, caps: DialRange) -> Option<Choice> 
         max_num_seqs: cap.max(caps.min),
         max_num_batched_tokens: budget,
     };
-    let capacity = model.capacity(dials)?;
-    Some(Choice { dials, capacity })
+    let capacity = model.capacity_within(dials, fleet, halvings)?;
+    Some(Choice {
+        dials,
+        judged: dials,
+        capacity,
+    })
 }
 
 /// The best dials by the law alone, or `current`'s budget while that is nearly as good; `None`
@@ -125,23 +178,24 @@ pub(crate) fn best(
     model: &ReplicaModel,
     (caps, budgets): (DialRange, DialRange),
     current: Dials,
+    fleet: u32,
 ) -> Option<Choice> {
     let choices: Vec<Choice> = (candidates(budgets))
-        .filter_map(|budget| choice(model, budget, caps))
+        .filter_map(|budget| choice(model, budget, caps, fleet, ROUGHLY))
         .collect();
     let most = choices.iter().map(Choice::worth).fold(0.0, f64::max);
-    let kept = choice(model, current.max_num_batched_tokens, caps);
+    let kept = choice(model, current.max_num_batched_tokens, caps, fleet, ROUGHLY);
     let kept = kept.filter(|c| c.worth() >= GOOD_ENOUGH * most && model.keeps(c.dials));
     kept.or_else(|| choices.into_iter().find(|c| c.worth() >= AS_GOOD * most))
 }
 
-/// Budgets to try, ascending: 32 tokens apart at first, then a sixteenth.
+/// Budgets to try, ascending: 32 tokens apart at first, then an eighth.
 fn candidates(range: DialRange) -> impl Iterator<Item = u32> {
     let (min, max) = (u64::from(range.min), u64::from(range.max));
     let mut next = Some(min);
     std::iter::from_fn(move || {
         let budget = next?;
-        let step = (budget / 16 / 32 * 32).max(32);
+        let step = (budget / 8 / 32 * 32).max(32);
         let above = (budget + step) / 32 * 32;
         next = (budget < max).then(|| above.min(max));
         u32::try_from(budget).ok()
@@ -171,10 +225,33 @@ pub(crate) fn settled(
     (caps, budgets): (DialRange, DialRange),
     current: Dials,
     peak: u32,
+    fleet: u32,
+    may_search: bool,
     now: f64,
     motion: &mut Motion,
 ) -> Option<Choice> {
-    let best = best(model, (caps, budgets), current)?;
+    let known = motion.found(model, (caps, budgets), fleet, now);
+    if known.is_none() && !may_search {
+        return Some(Choice {
+            dials: current,
+            judged: current,
+            capacity: model.capacity(current, fleet)?,
+        });
+    }
+    let best = match known {
+        Some(found) => found,
+        None => {
+            let found = best(model, (caps, budgets), current, fleet)?;
+            motion.search = Some(Search {
+                at: now,
+                about: model.about(),
+                fleet,
+                ranges: (caps, budgets),
+                found,
+            });
+            found
+        }
+    };
     // Moves that the objective is broken without, as by a mix that has changed.
     let urgent = !model.keeps(current);
     let budget = turn(
@@ -186,7 +263,19 @@ pub(crate) fn settled(
         &mut motion.budget,
     );
     // Where the budget stays a little off the best one, the cap goes with the budget in force.
-    let best = choice(model, budget, caps).unwrap_or(best);
+    let best = if known.is_some() && budget == best.dials.max_num_batched_tokens {
+        best
+    } else {
+        let exact = choice(model, budget, caps, fleet, HALVINGS).unwrap_or(best);
+        if let Some(search) = motion
+            .search
+            .as_mut()
+            .filter(|_| budget == best.dials.max_num_batched_tokens)
+        {
+            search.found = exact;
+        }
+        exact
+    };
     let cap = turn(
         current.max_num_seqs,
         following(best.dials.max_num_seqs, peak, current.max_num_seqs, caps),
@@ -201,8 +290,7 @@ pub(crate) fn settled(
         max_num_seqs: bound(cap, caps),
         max_num_batched_tokens: bound(budget, budgets),
     };
-    let capacity = best.capacity;
-    Some(Choice { dials, capacity })
+    Some(Choice { dials, ..best })
 }
 
 fn turn(

@@ -3,6 +3,7 @@
 
 use std::collections::{BTreeMap, VecDeque};
 
+use crate::history::Arrivals;
 use crate::observation::{Counters, Histogram, Observation, Phase, Queue, Replica, Sample};
 
 /// Seconds after which a sample is as good as lost.
@@ -12,6 +13,8 @@ const KEPT: f64 = 75.0;
 /// Seconds in which every sample is kept; before that one every [`COARSE`] seconds.
 const FINE: f64 = 20.0;
 const COARSE: f64 = 10.0;
+/// Seconds since a replica became ready in which all that it counts is new.
+const YOUNG: f64 = 15.0;
 
 /// What the observation says about the pods.
 #[derive(Debug, Default)]
@@ -63,12 +66,6 @@ impl<'a> Census<'a> {
         (self.sampled.iter()).fold(self.queue.requests, |sum, (_, sample)| {
             sum.saturating_add(sample.waiting)
         })
-    }
-
-    pub fn waiting_prompt_tokens(&self) -> f64 {
-        let at_replicas =
-            (self.sampled.iter()).map(|(_, sample)| sample.waiting_prompt_tokens as f64);
-        at_replicas.sum::<f64>() + self.queue.prompt_tokens as f64
     }
 }
 
@@ -122,6 +119,7 @@ pub(crate) struct Window {
     pub ttft: Histogram,
     pub itl: Histogram,
     pub prompt_length: Histogram,
+    pub generation_length: Histogram,
     /// Requests running or waiting, averaged over time and summed over replicas.
     pub in_flight: f64,
     /// The most that one replica had.
@@ -147,18 +145,36 @@ struct Snapshot {
 pub(crate) struct Tracks(BTreeMap<String, VecDeque<Snapshot>>);
 
 impl Tracks {
-    /// Takes in the fresh samples and forgets what is too old to matter.
-    pub fn observe(&mut self, observation: &Observation, now: f64) {
+    /// Takes in the fresh samples, forgets what is too old to matter, and returns the requests that
+    /// came since the samples before.
+    pub fn observe(&mut self, observation: &Observation, now: f64) -> Vec<Arrivals> {
+        let mut come = Vec::new();
         for replica in &observation.replicas {
             let going = matches!(replica.phase, Phase::Ready | Phase::Draining);
             if let Some(sample) = fresh(replica, now).filter(|_| going) {
-                push(self.0.entry(replica.id.clone()).or_default(), sample);
+                let track = self.0.entry(replica.id.clone()).or_default();
+                if track.is_empty() && (0.0..YOUNG).contains(&replica.ready_seconds) {
+                    // All that a new replica has got came since it was ready.
+                    come.push(Arrivals {
+                        from: sample.at - replica.ready_seconds.max(1.0),
+                        to: sample.at,
+                        requests: sample.counters.requests_received,
+                    });
+                }
+                push(track, sample, &mut come);
             }
         }
         self.0.retain(|_, track| {
             thin(track);
             track.back().is_some_and(|last| now - last.at <= KEPT)
         });
+        come
+    }
+
+    /// The time up to which every replica that was heard of late has told what it got.
+    pub fn known_until(&self, now: f64) -> Option<f64> {
+        let ends = self.0.values().filter_map(|track| Some(track.back()?.at));
+        ends.filter(|at| now - at <= STALE).reduce(f64::min)
     }
 
     /// What happened in the `seconds` before the newest sample; `None` while no replica has been
@@ -185,7 +201,7 @@ impl Tracks {
     }
 }
 
-fn push(track: &mut VecDeque<Snapshot>, sample: &Sample) {
+fn push(track: &mut VecDeque<Snapshot>, sample: &Sample, come: &mut Vec<Arrivals>) {
     let in_flight = sample.running.saturating_add(sample.waiting);
     let snapshot = Snapshot {
         at: sample.at,
@@ -210,6 +226,13 @@ fn push(track: &mut VecDeque<Snapshot>, sample: &Sample) {
             track.clear();
             track.push_back(restarted);
         }
+    }
+    if let Some(last) = track.back() {
+        come.push(Arrivals {
+            from: last.at,
+            to: snapshot.at,
+            requests: snapshot.counters.requests_received - last.counters.requests_received,
+        });
     }
     track.push_back(snapshot);
 }
@@ -265,6 +288,7 @@ fn add(window: &mut Window, track: &VecDeque<Snapshot>, start: f64, end: f64) {
         window.ttft.add(&a.ttft.since(&b.ttft));
         window.itl.add(&a.itl.since(&b.itl));
         (window.prompt_length).add(&a.prompt_length.since(&b.prompt_length));
+        (window.generation_length).add(&a.generation_length.since(&b.generation_length));
     }
 }
 

@@ -2,7 +2,8 @@
 
 use crate::fleet::Census;
 use crate::memory::Known;
-use crate::model::{Mix, ReplicaModel, usable};
+use crate::mix::Mix;
+use crate::model::{ReplicaModel, usable};
 use crate::observation::{Dials, Objectives, Replica, Sample};
 
 /// Below this confidence a replica's law isn't acted upon.

@@ -20,14 +20,17 @@ mod demand;
 mod dials;
 mod fleet;
 mod histogram;
+mod history;
 mod laws;
+mod mix;
 mod model;
 mod reason;
 mod replicas;
 mod sleep;
+mod starts;
 mod tune;
 
-pub use decision::{Decision, Load, Reason, ReasonCode};
+pub use decision::{Decision, Load, Outlook, Reason, ReasonCode};
 pub use memory::Memory;
 pub use observation::{
     Counters, DialRange, Dials, Histogram, ItlOf, Limits, Objectives, Observation, Phase, Queue,
@@ -36,8 +39,9 @@ pub use observation::{
 
 use demand::Demand;
 use fleet::Census;
-use model::Mix;
+use mix::Mix;
 use replicas::Need;
+use tune::Tuned;
 
 /// What a decision rests on.
 pub(crate) struct Scene<'a> {
@@ -65,8 +69,13 @@ pub fn decide(
     let since = observation.now - memory.decided_at;
     let now = memory.resume(observation.now);
     let census = Census::new(observation, now);
-    memory.tracks.observe(observation, now);
-    let demand = demand::measure(&memory.tracks, &census, memory.mix);
+    memory.starts.observe(observation);
+    let come = memory.tracks.observe(observation, now);
+    if let Some(until) = memory.tracks.known_until(now) {
+        let since = memory.watched.replace(until).unwrap_or(until);
+        memory.history.note(&come, since, until);
+    }
+    let demand = demand::measure(&memory.tracks, &memory.history, &census, memory.mix);
     if let Some(demand) = &demand {
         memory.remember_mix(demand, since);
     }
@@ -93,7 +102,7 @@ pub fn decide(
         scene: &scene,
         capacity: tuned.capacity,
         need: Need::default(),
-        extra: memory.misses.extra,
+        derating: memory.misses.derating(),
         dials: tuned.dials,
         moved_from: (tuned.dials != before).then_some(before),
         hopeless: tuned.hopeless,
@@ -105,16 +114,10 @@ pub fn decide(
     let (replicas, reason) = match (asleep, scene.demand.as_ref().filter(|_| heard)) {
         (Some(plan), _) => plan,
         (None, Some(demand)) => {
-            let need = replicas::need(
-                demand,
-                tuned.capacity,
-                tuned.dials.max_num_seqs,
-                scene.census.ready(),
-                memory.misses.extra,
-            );
+            let need = replicas::need(&scene, demand, &tuned, memory);
             let moved_at = memory.motion.last();
             let misses = &mut memory.misses;
-            replicas::learn_from_misses(&scene, demand, tuned.capacity, need, misses, moved_at);
+            replicas::learn_from_misses(&scene, demand, &tuned, need, misses, moved_at);
             let plan = replicas::plan(&scene, demand, tuned.capacity, need, current, memory);
             facts.need = need;
             (plan.replicas(), facts.of(plan, demand))
@@ -125,6 +128,7 @@ pub fn decide(
         }
     };
 
+    let outlook = outlook(&scene, &tuned);
     memory.replicas = Some(replicas);
     memory.dials = Some(tuned.dials);
     Decision {
@@ -133,5 +137,15 @@ pub fn decide(
         overrides: tuned.overrides,
         reason,
         load: scene.demand.map(|demand| demand.load),
+        outlook,
     }
+}
+
+fn outlook(scene: &Scene, tuned: &Tuned) -> Option<Outlook> {
+    let (demand, one) = (scene.demand.as_ref()?, tuned.capacity?);
+    let missed = tuned.expected_misses(scene, demand, 1.0)?;
+    Some(Outlook {
+        one_carries: one.rate,
+        good_percent: 100.0 * (1.0 - missed),
+    })
 }

@@ -8,11 +8,15 @@ use stoker_law::Law;
 use crate::demand::Demand;
 use crate::dials::Motion;
 use crate::fleet::Tracks;
-use crate::model::Mix;
+use crate::history::History;
+use crate::mix::Mix;
 use crate::observation::Dials;
+use crate::starts::Starts;
 
 /// Seconds without a call after which nothing is known to have lasted.
 const GAP: f64 = 30.0;
+/// Seconds within which the known mix follows that of the last minute.
+const MIX_FOLLOWS: f64 = 120.0;
 
 /// Carried from one call of [`crate::decide`] to the next by the caller, who may store it as JSON
 /// (under 2 KB): recent samples are left out, so that after a restart rates are measured anew while
@@ -32,15 +36,18 @@ pub struct Memory {
     pub(crate) low: Low,
     pub(crate) raised_at: Option<f64>,
     pub(crate) lowered_at: Option<f64>,
-    /// Scale-downs of late that had to be taken back.
-    pub(crate) regrets: u32,
     pub(crate) misses: Misses,
+    pub(crate) history: History,
+    pub(crate) starts: Starts,
 
     /// The dials were set by somebody who knew more: they stay until the mix is known again.
     pub(crate) inherited: bool,
 
     #[serde(skip)]
     pub(crate) tracks: Tracks,
+    /// Up to when arrivals were watched by this process.
+    #[serde(skip)]
+    pub(crate) watched: Option<f64>,
     /// Own dials of unlike replicas.
     #[serde(skip)]
     pub(crate) own: BTreeMap<String, (Dials, Motion)>,
@@ -60,14 +67,31 @@ pub(crate) struct Known {
     pub ceilings: Dials,
 }
 
-/// Replicas that misses ask for beyond what the law predicts.
+/// Misses measured against misses predicted.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
 pub(crate) struct Misses {
-    pub extra: u32,
-    pub changed_at: f64,
+    /// By how much less a replica carries than its law says; 0 before anything was learnt.
+    pub derating: f64,
+    /// Requests that ended, missed, and were expected to miss; older ones count less.
+    pub ended: f64,
+    pub missed: f64,
+    pub expected: f64,
+    /// Shares predicted since the last comparison, and how many.
+    pub predicted: (f64, u32),
+    pub judged_at: f64,
     /// When replicas or samples were last lacking.
     pub shortage_at: f64,
+}
+
+impl Misses {
+    pub fn derating(&self) -> f64 {
+        if self.derating.is_finite() {
+            self.derating.max(1.0)
+        } else {
+            1.0
+        }
+    }
 }
 
 /// How many replicas were needed over the stabilization time, as the maxima of a few slots.
@@ -102,6 +126,11 @@ impl Low {
         since.map_or(0.0, |(start, _)| (now - start).max(0.0))
     }
 
+    /// The most that was needed.
+    pub fn most(&self) -> u32 {
+        self.slots.iter().map(|(_, most)| *most).max().unwrap_or(0)
+    }
+
     pub fn forget(&mut self) {
         self.slots.clear();
     }
@@ -120,19 +149,27 @@ impl Memory {
         }
     }
 
-    /// The mix that is known while few requests come: it follows within a minute.
+    /// The same memory, told how many seconds a replica takes to start, until starts were seen.
+    pub fn expecting_start(mut self, seconds: f64) -> Self {
+        self.starts.expect(seconds);
+        self
+    }
+
+    /// The mix that decisions go by: it follows within two minutes, or at once where the last minute's
+    /// can't be the same.
     pub(crate) fn remember_mix(&mut self, demand: &Demand, seconds: f64) {
         if !demand.mix_known {
             return;
         }
         let share = if seconds.is_finite() {
-            (seconds / 60.0).clamp(0.0, 1.0)
+            (seconds / MIX_FOLLOWS).clamp(0.0, 1.0)
         } else {
             0.0
         };
         self.mix = Some(match self.mix {
             None => demand.mix,
-            Some(old) => old.towards(demand.mix, share),
+            Some(old) if old != demand.mix => demand.mix,
+            Some(old) => old.towards(demand.fresh_mix, share),
         });
     }
 
@@ -148,12 +185,15 @@ impl Memory {
             now
         };
         if first || now < before {
+            // What was learnt stays; what has a time of its own doesn't.
             self.motion = Motion::default();
             self.raised_at = None;
             self.lowered_at = None;
-            self.misses.changed_at = now;
+            self.misses.judged_at = now;
             self.misses.shortage_at = now;
             self.tracks = Tracks::default();
+            self.history = History::default();
+            self.watched = None;
             self.differs_since = None;
             self.low.forget();
         } else if now - before > GAP {

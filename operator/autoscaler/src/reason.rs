@@ -12,7 +12,7 @@ pub(crate) struct Facts<'a> {
     pub scene: &'a Scene<'a>,
     pub capacity: Option<Capacity>,
     pub need: Need,
-    pub extra: u32,
+    pub derating: f64,
     pub dials: Dials,
     /// The dials before, where they moved.
     pub moved_from: Option<Dials>,
@@ -172,10 +172,11 @@ impl Facts<'_> {
     }
 
     fn for_misses(&self) -> String {
-        match self.extra {
-            0 => String::new(),
-            n => format!("; {n} more for objectives missed against the prediction"),
+        let less = 100.0 * (1.0 - 1.0 / self.derating);
+        if less < 1.0 {
+            return String::new();
         }
+        format!("; taken as {less:.0} % less for objectives missed against the prediction")
     }
 
     fn moved(&self, from: Dials) -> String {

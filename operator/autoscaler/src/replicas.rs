@@ -3,120 +3,204 @@
 use crate::Scene;
 use crate::demand::Demand;
 use crate::memory::{Memory, Misses};
-use crate::model::Capacity;
-use crate::observation::Limits;
+use crate::model::{Capacity, LEAST_SHARE, ReplicaModel};
+use crate::observation::{Dials, Limits};
+use crate::tune::Tuned;
 
-/// Share of its capacity that a replica is planned to use: the rest is for bursts.
-const PLANNED: f64 = 0.85;
-/// The same for the replicas that would be left after a scale-down.
-const PLANNED_AFTER: f64 = 0.7;
+/// Share of a forecast's error that is left when it matters: it is made anew every few seconds while
+/// replicas start.
+const ERROR_LEFT: f64 = 0.5;
 /// Without a law, the share of the cap that may be in use.
 const PLANNED_CAP: f64 = 0.7;
+/// Share of the misses allowed that the replicas left after a scale-down may be expected to have.
+const KEPT_MISSES: f64 = 0.5;
 /// Seconds between two orders for more.
 const BETWEEN_RAISES: f64 = 10.0;
 /// Seconds after a shortage in which misses teach nothing: requests that began in it still end.
 const AFTERMATH: f64 = 90.0;
-/// Seconds after which a replica that misses asked for is given up again.
-const EXTRA_KEPT: f64 = 900.0;
+/// Seconds between two comparisons of the misses with what was predicted.
+const JUDGED_EVERY: f64 = 60.0;
+/// What counts of older comparisons at each: half after five minutes.
+const MISSES_KEPT: f64 = 0.87;
+/// Factor by which a replica is taken to carry less, and at most.
+const DERATED_BY: f64 = 1.1;
+const MOST_DERATED: f64 = 4.0;
+/// What is left of that at each comparison that is in order: half after half an hour.
+const DERATING_KEPT: f64 = 0.977;
 /// Least seconds between two steps down.
 const BETWEEN_STEPS: f64 = 10.0;
-/// Seconds within which a raise means that the scale-down before it was a mistake.
-const REGRET: f64 = 300.0;
-/// A scale-down waits for at most one and this many stabilization times.
-const MOST_REGRETS: u32 = 3;
-
 /// Replicas that the load needs.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Need {
-    /// To order: demand that is sure.
+    /// To order, for when they will have started.
     pub up: u32,
-    /// To keep: demand that may be. Never less than `up`.
+    /// To keep. Never less than `up`.
     pub down: u32,
     /// `up` follows from the requests in flight rather than from their rate.
     pub by_in_flight: bool,
 }
 
-/// `capacity` is a replica's by the law; without one the cap in force is what counts.
-pub(crate) fn need(
-    demand: &Demand,
-    capacity: Option<Capacity>,
-    cap: u32,
-    ready: u32,
-    extra: u32,
-) -> Need {
+/// Without a law the cap in force is what counts.
+pub(crate) fn need(scene: &Scene, demand: &Demand, tuned: &Tuned, memory: &mut Memory) -> Need {
+    let start = memory.starts.usual();
+    let ahead = demand.trend.ahead(start).max(demand.trend.level);
+    memory.history.judge(demand.trend.ahead(start), start);
     if demand.idle {
         return Need::default();
     }
-    let whole = |x: f64| (x - 1e-9).ceil().max(0.0) as u32;
-    let (by_rate, by_in_flight, down) = match capacity {
-        Some(one) => {
-            let rate_up = demand.rate_up + demand.backlog_rate;
-            let rate_down = demand.rate_down + demand.backlog_rate;
-            let by_rate = whole(rate_up / (PLANNED * one.rate));
-            // Clients that wait for an answer before they ask again slow down with the fleet: what
-            // is in flight tells of demand that the rate doesn't. An open queue looks the same and
-            // asks for far too much, so each look adds half at most.
-            let most = by_rate.max(ready);
-            let most = most.saturating_add(most.div_ceil(2)).max(1);
-            let by_in_flight = whole(demand.in_flight_up / one.in_flight).min(most);
-            let down = whole(rate_down / (PLANNED_AFTER * one.rate))
-                .max(whole(demand.in_flight_down / (PLANNED * one.in_flight)));
-            (by_rate, by_in_flight, down)
+    let derating = memory.misses.derating();
+    let (by_rate, by_in_flight, down) = match (&tuned.model, tuned.capacity) {
+        (Some((model, dials)), Some(one)) => {
+            let fleet = Fleet {
+                model,
+                dials: *dials,
+                saturated_rate: one.saturated_rate,
+                derating,
+                error: memory.history.error() * ERROR_LEFT,
+                most: scene.limits.max_replicas.saturating_mul(2).max(1),
+            };
+            let by_rate = fleet.needs(ahead, 1.0);
+            let down = fleet.needs(ahead, KEPT_MISSES);
+            let lacking = tuned.lacking.max(0.0).ceil() as u32;
+            (
+                by_rate.saturating_add(lacking),
+                0,
+                down.saturating_add(lacking),
+            )
         }
-        None => {
-            let one = PLANNED_CAP * f64::from(cap.max(1));
+        _ => {
+            let one = PLANNED_CAP * f64::from(tuned.dials.max_num_seqs.max(1)) / derating;
             let by_in_flight = whole(demand.in_flight_up / one);
             (0, by_in_flight, whole(demand.in_flight_down / one))
         }
     };
-    let up = by_rate.max(by_in_flight).saturating_add(extra);
+    let up = by_rate.max(by_in_flight);
     Need {
         up,
-        down: down.saturating_add(extra).max(up),
+        down: down.max(up),
         by_in_flight: by_in_flight > by_rate,
     }
 }
 
-/// Asks for one more while requests miss their objectives although the law says that all is well:
-/// the law, the mix or the routing is worse than believed.
+fn whole(x: f64) -> u32 {
+    (x - 1e-9).ceil().max(0.0) as u32
+}
+
+/// What is asked of a number of replicas.
+struct Fleet<'a> {
+    model: &'a ReplicaModel,
+    dials: Dials,
+    /// Requests a second of one replica that never lacks work.
+    saturated_rate: f64,
+    /// By how much less a replica carries than the law says.
+    derating: f64,
+    /// Relative standard error of the forecast.
+    error: f64,
+    most: u32,
+}
+
+/// Nodes and weights of the normal distribution for Gauss and Hermite's quadrature.
+const NODES: [(f64, f64); 5] = [
+    (0.0, 0.533_333),
+    (-1.355_626, 0.222_076),
+    (1.355_626, 0.222_076),
+    (-2.856_970, 0.011_257),
+    (2.856_970, 0.011_257),
+];
+
+impl Fleet<'_> {
+    /// Share of requests that miss an objective when so many replicas are to carry what is forecast,
+    /// over what it may turn out to be.
+    fn misses(&self, rate: f64, replicas: u32) -> f64 {
+        let each = self.derating * rate / f64::from(replicas);
+        let misses = NODES.map(|(z, weight)| {
+            let rate = each * (self.error * z).exp();
+            weight * self.model.misses_at(rate, self.dials, replicas)
+        });
+        misses.iter().sum()
+    }
+
+    /// The least number of replicas of which no more than `share` of the misses allowed is expected,
+    /// or that serve so little each that more of them wouldn't help.
+    fn needs(&self, rate: f64, share: f64) -> u32 {
+        let enough = |replicas: u32| {
+            self.derating * rate / f64::from(replicas) <= LEAST_SHARE * self.saturated_rate
+                || self.misses(rate, replicas) <= share * self.model.allowed()
+        };
+        let (mut fails, mut does) = (0, 1);
+        while !enough(does) {
+            if does >= self.most {
+                return self.most;
+            }
+            (fails, does) = (does, does.saturating_mul(2).min(self.most));
+        }
+        while does - fails > 1 {
+            let middle = u32::midpoint(fails, does);
+            if enough(middle) {
+                does = middle;
+            } else {
+                fails = middle;
+            }
+        }
+        does
+    }
+}
+
+/// Takes replicas to carry less where more requests miss their objectives than the law says: the law,
+/// the mix or the routing is worse than believed. Nothing is learnt in a shortage or soon after.
 pub(crate) fn learn_from_misses(
     scene: &Scene,
     demand: &Demand,
-    capacity: Option<Capacity>,
+    tuned: &Tuned,
     need: Need,
     misses: &mut Misses,
     dials_moved_at: Option<f64>,
 ) {
     let (census, now) = (&scene.census, scene.now);
-    if demand.idle {
-        misses.extra = 0;
-    }
     let settled = dials_moved_at.is_none_or(|at| now - at >= AFTERMATH);
     if need.up > census.ready() || census.unschedulable > 0 || !census.complete() || !settled {
         misses.shortage_at = now;
     }
+    // Without a law nothing is predicted but that all is well.
+    let predicted = tuned
+        .expected_misses(scene, demand, misses.derating())
+        .unwrap_or(0.0);
+    let (sum, looks) = misses.predicted;
+    misses.predicted = (sum + predicted, looks + 1);
+    if now - misses.judged_at < JUDGED_EVERY {
+        return;
+    }
+    let predicted = misses.predicted.0 / f64::from(misses.predicted.1);
+    misses.judged_at = now;
+    misses.predicted = (0.0, 0);
     if now - misses.shortage_at < AFTERMATH {
         return;
     }
-    let most = need.up.saturating_sub(misses.extra).div_ceil(2).max(1);
-    if suffers(scene, demand, capacity, census.ready()) {
-        if misses.extra < most {
-            misses.extra += 1;
-            misses.changed_at = now;
-        }
-    } else if misses.extra > 0 && now - misses.changed_at >= EXTRA_KEPT {
-        misses.extra -= 1;
-        misses.changed_at = now;
-    }
+    let ended = demand.good + demand.missed;
+    misses.ended = MISSES_KEPT * misses.ended + ended;
+    misses.missed = MISSES_KEPT * misses.missed + demand.missed;
+    misses.expected = MISSES_KEPT * misses.expected + ended * predicted;
+    let beyond = |expected: f64, by: f64| misses.missed > expected + by * expected.max(1.0).sqrt();
+    let allowed = misses.ended * allowed(scene);
+    misses.derating = if beyond(allowed, 2.0) && beyond(misses.expected, 3.0) {
+        (misses.ended, misses.missed, misses.expected) = (0.0, 0.0, 0.0);
+        (misses.derating() * DERATED_BY).min(MOST_DERATED)
+    } else {
+        1.0 + (misses.derating() - 1.0) * DERATING_KEPT
+    };
+}
+
+fn allowed(scene: &Scene) -> f64 {
+    1.0 - scene.objectives.good_percent.clamp(0.0, 100.0) / 100.0
 }
 
 /// Whether more requests miss their objectives than chance explains, while `replicas` are used so
 /// much that more of them would help.
 fn suffers(scene: &Scene, demand: &Demand, capacity: Option<Capacity>, replicas: u32) -> bool {
     let ended = demand.good + demand.missed;
-    let allowed = ended * (1.0 - scene.objectives.good_percent.clamp(0.0, 100.0) / 100.0);
+    let allowed = ended * allowed(scene);
     let used = capacity.map_or(1.0, |one| {
-        demand.rate_up / (f64::from(replicas) * one.rate).max(1e-9)
+        demand.trend.level / (f64::from(replicas) * one.rate).max(1e-9)
     });
     ended >= 20.0 && demand.missed > allowed + 2.0 * allowed.max(1.0).sqrt() && used >= 0.3
 }
@@ -189,7 +273,7 @@ pub(crate) fn plan(
     let (census, limits, now) = (&scene.census, scene.limits, scene.now);
     // Without a replica nobody could tell of demand.
     let floor = bounded(limits.min_replicas.max(1), limits);
-    let patience = patience(limits, demand, memory);
+    let patience = patience(limits);
     memory.low.note(now, need.down, patience);
     // One odd look isn't enough to order anything.
     let before = memory.last_need.replace(need.up);
@@ -203,7 +287,7 @@ pub(crate) fn plan(
         let to = bounded(sure.min(step), limits);
         let recent = memory.raised_at.is_some_and(|at| now - at < BETWEEN_RAISES);
         if to > current && !recent {
-            remember_raise(memory, now, patience);
+            memory.raised_at = Some(now);
             return Plan::Raise { from: current, to };
         }
         return Plan::Keep(current);
@@ -237,31 +321,19 @@ pub(crate) fn plan(
         };
     }
     memory.lowered_at = Some(now);
+    // Half of what nobody has needed for that long: the other half is the proof.
+    let unneeded = current.saturating_sub(memory.low.most().max(floor));
     Plan::Lower {
         from: current,
-        to: bounded(current - 1, limits),
+        to: bounded(current - unneeded.div_ceil(2).max(1), limits),
         seconds: patience.round() as u32,
     }
 }
 
-/// Seconds that demand must be low before a scale-down: the stabilization time, and longer after
-/// scale-downs that were regretted, unless nothing is asked at all.
-fn patience(limits: &Limits, demand: &Demand, memory: &Memory) -> f64 {
-    let stabilization = match limits.scale_down_stabilization_seconds {
+/// Seconds that demand must be low before a scale-down.
+fn patience(limits: &Limits) -> f64 {
+    match limits.scale_down_stabilization_seconds {
         s if s.is_finite() => s.clamp(0.0, 86_400.0),
-        _ => 300.0,
-    };
-    let regrets = if demand.idle { 0 } else { memory.regrets };
-    stabilization * f64::from(1 + regrets.min(MOST_REGRETS))
-}
-
-/// A raise soon after a scale-down says that this one was a mistake; one after a long time says
-/// nothing, and makes up for one.
-fn remember_raise(memory: &mut Memory, now: f64, patience: f64) {
-    let regretted = |at: f64| now - at < (2.0 * patience).max(REGRET);
-    memory.regrets = match memory.lowered_at {
-        Some(at) if regretted(at) => (memory.regrets + 1).min(MOST_REGRETS),
-        _ => memory.regrets.saturating_sub(1),
-    };
-    memory.raised_at = Some(now);
+        _ => 75.0,
+    }
 }

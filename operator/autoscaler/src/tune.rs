@@ -3,21 +3,40 @@
 use std::collections::BTreeMap;
 
 use crate::Scene;
+use crate::demand::Demand;
 use crate::dials::{self, Choice, Motion};
 use crate::laws;
 use crate::memory::{Known, Memory};
 use crate::model::{self, Capacity, ReplicaModel};
 use crate::observation::{Dials, Sample};
 
+/// Searches for the dials of unlike replicas in one call: the others wait for their turn.
+const SEARCHES: u32 = 1;
+
 /// What the laws say.
 pub(crate) struct Tuned {
     pub dials: Dials,
     pub overrides: BTreeMap<String, Dials>,
-    /// Of a mean replica, where a law is known.
+    /// Of a replica that is like the fleet, where a law is known.
     pub capacity: Option<Capacity>,
+    /// The fleet's model with the dials that it is judged by.
+    pub model: Option<(ReplicaModel, Dials)>,
+    /// By how many replicas that are like the fleet the unlike ones fall short.
+    pub lacking: f64,
     /// Where no dials keep the inter-token objective: seconds of the smallest step, and the
     /// objective.
     pub hopeless: Option<(f64, f64)>,
+}
+
+impl Tuned {
+    /// Share of requests that the ready replicas will miss at the load of the moment, where each
+    /// carries so much less than its law says. `None` without a law.
+    pub fn expected_misses(&self, scene: &Scene, demand: &Demand, derating: f64) -> Option<f64> {
+        let (model, dials) = self.model.as_ref()?;
+        let ready = scene.census.ready().max(1);
+        let working = (f64::from(ready) - self.lacking).max(0.5);
+        Some(model.misses_at(derating * demand.trend.level / working, *dials, ready))
+    }
 }
 
 pub(crate) fn tune(scene: &Scene, before: Dials, memory: &mut Memory) -> Tuned {
@@ -28,8 +47,11 @@ pub(crate) fn tune(scene: &Scene, before: Dials, memory: &mut Memory) -> Tuned {
         dials: before,
         overrides: BTreeMap::new(),
         capacity: None,
+        model: None,
+        lacking: 0.0,
         hopeless: None,
     };
+    let size = scene.census.ready().max(1);
     let Some(fleet) = memory.fleet.filter(|known| model::usable(&known.law)) else {
         return tuned;
     };
@@ -38,26 +60,30 @@ pub(crate) fn tune(scene: &Scene, before: Dials, memory: &mut Memory) -> Tuned {
         && before != dials::initial(scene.limits);
     if now_known.is_none() || memory.inherited {
         // A stored law or a guessed mix says what a replica carries, but moves nothing.
-        tuned.capacity = model.capacity(before);
+        tuned.capacity = model.capacity(before, size);
+        tuned.model = Some((model, before));
     } else {
         let samples = scene.census.sampled.iter().map(|(_, sample)| *sample);
         let busiest = samples.max_by_key(|sample| in_flight(sample));
         let motion = &mut memory.motion;
-        match settled(scene, &model, fleet, before, busiest, motion) {
+        match settled(scene, &model, fleet, before, busiest, true, motion) {
             Some(choice) => {
                 tuned.dials = dials::bounded(choice.dials, scene.limits);
                 tuned.capacity = Some(choice.capacity);
+                tuned.model = Some((model, choice.judged));
             }
             None => {
                 tuned.dials = dials::initial(scene.limits);
-                tuned.capacity = model.capacity(tuned.dials);
+                tuned.capacity = model.capacity(tuned.dials, size);
                 tuned.hopeless = Some((model.step_seconds(1.0, 1.0), scene.objectives.itl_seconds));
+                tuned.model = Some((model, tuned.dials));
             }
         }
     }
     let own = own_dials(scene, &trusted, fleet, &mut tuned, memory);
-    if let Some(one) = &mut tuned.capacity {
-        *one = mean(*one, &own, scene.census.ready());
+    if let Some(one) = &tuned.capacity {
+        let lacks = |own: &Capacity| (1.0 - own.rate / one.rate).max(-1.0);
+        tuned.lacking = own.iter().map(lacks).sum();
     }
     tuned
 }
@@ -72,6 +98,7 @@ fn own_dials(
 ) -> Vec<Capacity> {
     let mut before = std::mem::take(&mut memory.own);
     let mut carried = Vec::new();
+    let mut searches = SEARCHES;
     for (replica, sample) in trusted {
         let known = laws::known(sample);
         if !laws::unlike(known, fleet, scene.mix, *scene.objectives, tuned.dials) {
@@ -81,7 +108,19 @@ fn own_dials(
             (before.remove(&replica.id)).unwrap_or((tuned.dials, Motion::default()));
         let was = dials::bounded(was, scene.limits);
         let model = model_of(scene, known);
-        let Some(choice) = settled(scene, &model, known, was, Some(sample), &mut motion) else {
+        let young = motion.search_began_at();
+        let may_search = searches > 0;
+        let choice = settled(
+            scene,
+            &model,
+            known,
+            was,
+            Some(sample),
+            may_search,
+            &mut motion,
+        );
+        searches -= u32::from(may_search && motion.search_began_at() != young);
+        let Some(choice) = choice else {
             continue;
         };
         let own = dials::bounded(choice.dials, scene.limits);
@@ -109,6 +148,7 @@ fn settled(
     known: Known,
     before: Dials,
     busiest: Option<&Sample>,
+    may_search: bool,
     motion: &mut Motion,
 ) -> Option<Choice> {
     let lately = scene.demand.as_ref().map_or(0, |d| d.peak_in_flight);
@@ -118,6 +158,8 @@ fn settled(
         dials::ranges(scene.limits, known.ceilings),
         before,
         peak,
+        scene.census.ready().max(1),
+        may_search,
         scene.now,
         motion,
     )
@@ -125,18 +167,4 @@ fn settled(
 
 fn in_flight(sample: &Sample) -> u32 {
     sample.running.saturating_add(sample.waiting)
-}
-
-/// What a replica carries on average, where some carry what is their own.
-fn mean(one: Capacity, own: &[Capacity], ready: u32) -> Capacity {
-    let unlike = own.len() as f64;
-    let all = f64::from(ready).max(unlike).max(1.0);
-    let mean = |of: fn(&Capacity) -> f64| {
-        ((all - unlike) * of(&one) + own.iter().map(of).sum::<f64>()) / all
-    };
-    Capacity {
-        rate: mean(|c| c.rate),
-        in_flight: mean(|c| c.in_flight),
-        saturated_rate: mean(|c| c.saturated_rate),
-    }
 }

@@ -64,7 +64,7 @@ fn pods_without_a_node_are_not_ordered_again_and_the_reason_says_so() {
     fleet.accelerators = 8;
     fleet.run(240.0, |_| Clients::Open(4.0));
     let last = fleet.last().clone();
-    assert!(last.ready >= 4 && last.unschedulable == 0, "{last:?}");
+    assert!(last.ready >= 3 && last.unschedulable == 0, "{last:?}");
     assert!(fleet.reversals() <= 1, "{} reversals", fleet.reversals());
 }
 

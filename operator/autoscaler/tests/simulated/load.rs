@@ -37,7 +37,7 @@ fn a_ramp_is_followed_up_and_down_to_the_minimum() {
     fleet.run(30.0, |_| Clients::Open(0.0));
     fleet.run(10.0, |_| Clients::Open(0.5));
     let dials = fleet.last().decision.dials;
-    assert!((224..=352).contains(&budget(dials)), "{dials:?}");
+    assert!((160..=352).contains(&budget(dials)), "{dials:?}");
     assert!((24..=40).contains(&cap(dials)), "{dials:?}");
 
     fleet.run(300.0, |t| Clients::Open(0.5 + 4.5 * t / 300.0));
@@ -72,7 +72,7 @@ fn a_spike_orders_several_at_once_and_is_over_when_it_is_over() {
     let before = fleet.last().decision.replicas;
     fleet.run(30.0, |_| Clients::Open(4.8));
     let during = fleet.last().decision.replicas;
-    assert!(during >= before + 3, "{before} -> {during}");
+    assert!(during >= before + 2, "{before} -> {during}");
     fleet.run(30.0, |_| Clients::Open(4.8));
     fleet.run(600.0, |_| Clients::Open(0.8));
     let after = fleet.last().decision.replicas;

@@ -1,6 +1,6 @@
 //! stoker-autoscaler's `decide()`, called as the operator calls it.
 
-use stoker_autoscaler::{DialRange, Dials, Limits, Memory, Objectives, decide};
+use stoker_autoscaler::{DialRange, Dials, Limits, Memory, Objectives, Outlook, decide};
 
 use super::action;
 use crate::fleet::{Action, Policy, Setup, View};
@@ -16,6 +16,7 @@ pub struct Stoker {
     limits: Limits,
     memory: Memory,
     reason: Option<String>,
+    outlooks: Vec<Outlook>,
 }
 
 impl Stoker {
@@ -30,10 +31,11 @@ impl Stoker {
                 max_replicas: setup.max_replicas,
                 max_num_seqs: range(SEQS, setup.dials.max_num_seqs),
                 max_num_batched_tokens: range(TOKENS, setup.dials.max_num_batched_tokens),
-                scale_down_stabilization_seconds: 300.0,
+                scale_down_stabilization_seconds: 75.0,
             },
             memory: Memory::default(),
             reason: None,
+            outlooks: Vec::new(),
         }
     }
 
@@ -47,6 +49,18 @@ impl Stoker {
         self.limits.max_num_seqs = held(dials.max_num_seqs);
         self.limits.max_num_batched_tokens = held(dials.max_num_batched_tokens);
         self
+    }
+
+    /// So many replicas, whatever it thinks: to compare what it expects with what comes.
+    pub fn with_replicas_held(mut self, replicas: u32) -> Self {
+        self.limits.min_replicas = replicas;
+        self.limits.max_replicas = replicas;
+        self
+    }
+
+    /// What it expected at each look.
+    pub fn outlooks(&self) -> &[Outlook] {
+        &self.outlooks
     }
 
     /// The token budget as it is; the cap moves.
@@ -74,6 +88,7 @@ impl Policy for Stoker {
             &mut self.memory,
         );
         self.reason = Some(decision.reason.message);
+        self.outlooks.extend(decision.outlook);
         let overrides = decision.overrides.iter();
         Action {
             overrides: overrides

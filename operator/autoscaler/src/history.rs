@@ -1,0 +1,320 @@
+//! Requests over time: where load stands, where it goes, and how far such forecasts were off.
+
+use std::collections::VecDeque;
+
+use serde::{Deserialize, Serialize};
+
+/// Seconds of a bucket.
+pub(crate) const GRAIN: f64 = 10.0;
+/// Buckets that are kept: the longest window of [`WINDOWS`].
+const KEPT: usize = 32;
+/// Seconds over which a level or a line may be fitted, shortest first.
+const WINDOWS: [f64; 5] = [20.0, 40.0, 80.0, 160.0, 320.0];
+/// Windows shorter than this tell a level but no trend.
+const TREND_FROM: f64 = 80.0;
+/// Standard deviations by which the newest seconds may differ from a longer window's line before
+/// that window is taken to be of another time.
+const BREAK: f64 = 3.0;
+/// Seconds within which errors of forecasts count half.
+const ERROR_HALF_LIFE: f64 = 900.0;
+/// Relative standard error of a forecast before any was checked.
+const FIRST_ERROR: f64 = 0.12;
+/// What an error counts at most: a jump is no error of a trend.
+const MOST_ERROR: f64 = 0.4;
+/// Seconds either side over which a forecast is checked.
+const CHECKED_OVER: f64 = 30.0;
+
+/// Requests that came within an interval.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(crate) struct Arrivals {
+    pub from: f64,
+    pub to: f64,
+    pub requests: f64,
+}
+
+/// Requests in a bucket, and how many of its seconds were watched.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+struct Bucket(f64, f64);
+
+/// A straight line through the load of late.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub(crate) struct Trend {
+    /// Requests a second now.
+    pub level: f64,
+    /// Their standard error.
+    pub error: f64,
+    /// Requests a second, per second; 0 where chance explains it.
+    pub slope: f64,
+}
+
+impl Trend {
+    /// Requests a second in so many seconds. A line isn't drawn to more than twice the level.
+    pub fn ahead(&self, seconds: f64) -> f64 {
+        (self.level + self.slope * seconds).clamp(0.0, 2.0 * self.level)
+    }
+}
+
+/// Recent load, and how forecasts of it fared.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub(crate) struct History {
+    /// When the first bucket began.
+    start: f64,
+    buckets: VecDeque<Bucket>,
+    /// Everything up to here is known.
+    until: f64,
+    /// Forecasts to be checked: for when, and requests a second.
+    forecasts: VecDeque<(f64, f64)>,
+    /// Sum of weighted squared errors upwards, and of weights.
+    errors: (f64, f64),
+}
+
+impl History {
+    /// Takes in what came; everything up to `until` is known now, from `since` on.
+    pub fn note(&mut self, arrivals: &[Arrivals], since: f64, until: f64) {
+        let ends = arrivals.iter().map(|a| a.to).fold(until, f64::max);
+        if !ends.is_finite() || ends - self.start > 1e7 || ends < self.start {
+            *self = History::default();
+        }
+        if self.buckets.is_empty() {
+            self.start = (since / GRAIN).floor() * GRAIN;
+            self.until = since;
+        }
+        while self.start + GRAIN * self.buckets.len() as f64 <= ends
+            && self.buckets.len() < 4 * KEPT
+        {
+            self.buckets.push_back(Bucket::default());
+        }
+        for come in arrivals {
+            self.spread(come.from, come.to, come.requests, false);
+        }
+        let from = self.until.max(since);
+        if until > from {
+            self.spread(from, until, until - from, true);
+            self.until = until;
+        }
+        while self.buckets.len() > KEPT {
+            self.buckets.pop_front();
+            self.start += GRAIN;
+        }
+    }
+
+    fn spread(&mut self, from: f64, to: f64, amount: f64, watched: bool) {
+        let first = (((from - self.start) / GRAIN).floor().max(0.0)) as usize;
+        let length = (to - from).max(1e-9);
+        for (place, bucket) in self.buckets.iter_mut().enumerate().skip(first) {
+            let start = self.start + GRAIN * place as f64;
+            if start >= to {
+                break;
+            }
+            let inside = to.min(start + GRAIN) - from.max(start);
+            let share = amount * (inside / length).clamp(0.0, 1.0);
+            if watched {
+                bucket.1 = (bucket.1 + share).min(GRAIN);
+            } else {
+                bucket.0 += share;
+            }
+        }
+    }
+
+    /// Buckets of the `seconds` before the end: seconds before the end of their middle, requests,
+    /// and watched seconds.
+    fn within(&self, seconds: f64) -> impl Iterator<Item = (f64, f64, f64)> {
+        let buckets = self.buckets.iter().enumerate().rev();
+        buckets
+            .map(|(place, bucket)| {
+                let start = self.start + GRAIN * place as f64;
+                let middle = start + 0.5 * GRAIN.min((self.until - start).max(0.0));
+                (self.until - middle, bucket.0, bucket.1)
+            })
+            .skip_while(|(_, _, watched)| *watched < 0.4 * GRAIN)
+            .take_while(move |(age, _, _)| *age < seconds)
+            .filter(|(_, _, watched)| *watched >= 0.4 * GRAIN)
+    }
+
+    /// Requests, watched seconds and their mean age, of the `seconds` before the end.
+    fn sum(&self, seconds: f64) -> (f64, f64, f64) {
+        let (n, watched, aged) = (self.within(seconds))
+            .fold((0.0, 0.0, 0.0), |sum, (age, n, watched)| {
+                (sum.0 + n, sum.1 + watched, sum.2 + age * watched)
+            });
+        (n, watched, aged / f64::max(watched, 1e-9))
+    }
+
+    /// The line through the longest stretch that the newest seconds fit. `None` before anything was
+    /// watched.
+    pub fn trend(&self) -> Option<Trend> {
+        let (newest, watched, _) = self.sum(WINDOWS[0]);
+        if watched <= 0.0 {
+            return None;
+        }
+        let mut best = Trend {
+            level: newest / watched,
+            error: newest.max(1.0).sqrt() / watched,
+            slope: 0.0,
+        };
+        let mut before = 0;
+        for seconds in WINDOWS {
+            let buckets = self.within(seconds).count();
+            if buckets == before {
+                break;
+            }
+            before = buckets;
+            let Some(trend) = self.line(seconds) else {
+                break;
+            };
+            // The newest 20 and 40 seconds must fit the line.
+            let fits = WINDOWS[..2].iter().all(|&newest| {
+                let (n, watched, age) = self.sum(newest);
+                let expected = (trend.level - trend.slope * age).max(0.0) * watched;
+                (n - expected).abs() <= BREAK * expected.max(1.0).sqrt()
+            });
+            if !fits {
+                break;
+            }
+            best = trend;
+        }
+        Some(best)
+    }
+
+    fn line(&self, seconds: f64) -> Option<Trend> {
+        let (n, watched, age) = self.sum(seconds);
+        if watched <= 0.0 {
+            return None;
+        }
+        let mean = n / watched;
+        let (spread, product) = (self.within(seconds)).fold((0.0, 0.0), |sum, (a, n, w)| {
+            let x = age - a;
+            (sum.0 + w * x * x, sum.1 + x * (n - mean * w))
+        });
+        // As for counts: the variance of a bucket is its number.
+        let variance = n.max(1.0) / watched;
+        let (mut slope, mut slope_variance) = (0.0, 0.0);
+        if seconds >= TREND_FROM && spread > 0.0 {
+            slope = product / spread;
+            slope_variance = variance / spread;
+            // Drawn towards none by as much as chance alone would make of it.
+            let certainty = 1.0 - slope_variance / (slope * slope).max(1e-300);
+            slope *= certainty.max(0.0);
+        }
+        Some(Trend {
+            level: (mean + slope * age).max(0.0),
+            error: (variance / watched + slope_variance * age * age).sqrt(),
+            slope,
+        })
+    }
+
+    /// Remembers what is forecast for a time, once a bucket, and checks what has come true.
+    pub fn judge(&mut self, rate: f64, horizon: f64) {
+        let due = self.until + horizon;
+        if self
+            .forecasts
+            .back()
+            .is_none_or(|last| due - last.0 >= GRAIN)
+        {
+            self.forecasts.push_back((due, rate));
+        }
+        while self.forecasts.len() > 64 {
+            self.forecasts.pop_front();
+        }
+        while let Some((due, forecast)) = self.forecasts.front().copied() {
+            if self.until < due + CHECKED_OVER {
+                break;
+            }
+            self.forecasts.pop_front();
+            let since = self.until - due;
+            let (n, watched) = (self.within(since + CHECKED_OVER))
+                .filter(|(age, _, _)| *age > since - CHECKED_OVER)
+                .fold((0.0, 0.0), |sum, (_, n, w)| (sum.0 + n, sum.1 + w));
+            let expected = forecast * watched;
+            if watched < CHECKED_OVER || expected < 1.0 {
+                continue;
+            }
+            // Half a normal distribution's square is its variance; chance isn't the forecast's fault.
+            let error = (n / expected).max(1e-3).ln().clamp(0.0, MOST_ERROR);
+            let by_chance = 0.5 / expected;
+            let keep = (-GRAIN / ERROR_HALF_LIFE).exp2();
+            self.errors.0 = keep * self.errors.0 + (error * error - by_chance);
+            self.errors.1 = keep * self.errors.1 + 1.0;
+        }
+    }
+
+    /// Relative standard error of forecasts.
+    pub fn error(&self) -> f64 {
+        // What is assumed at first counts like five minutes.
+        let first = 30.0;
+        let sum = 2.0 * self.errors.0 + first * FIRST_ERROR * FIRST_ERROR;
+        (sum / (self.errors.1 + first)).clamp(0.0, 1.0).sqrt()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn feed(history: &mut History, from: f64, seconds: f64, rate: impl Fn(f64) -> f64) {
+        let mut t = from;
+        while t < from + seconds {
+            let come = Arrivals {
+                from: t,
+                to: t + 2.0,
+                requests: 2.0 * rate(t + 1.0),
+            };
+            history.note(&[come], t, t + 2.0);
+            t += 2.0;
+        }
+    }
+
+    #[test]
+    fn a_steady_load_has_no_trend_and_a_ramp_has_its_own() {
+        let mut history = History::default();
+        feed(&mut history, 1000.0, 400.0, |_| 5.0);
+        let trend = history.trend().unwrap();
+        assert!((trend.level - 5.0).abs() < 1e-6, "{trend:?}");
+        assert_eq!(trend.slope, 0.0);
+        assert!(trend.error < 0.3, "{trend:?}");
+        let mut history = History::default();
+        feed(&mut history, 1000.0, 400.0, |t| 2.0 + (t - 1000.0) * 0.01);
+        let trend = history.trend().unwrap();
+        assert!((trend.level - 6.0).abs() < 0.1, "{trend:?}");
+        assert!((trend.slope - 0.01).abs() < 0.001, "{trend:?}");
+        assert!((trend.ahead(100.0) - 7.0).abs() < 0.2);
+    }
+
+    #[test]
+    fn a_jump_is_the_new_level_within_20_s() {
+        let mut history = History::default();
+        feed(&mut history, 0.0, 400.0, |_| 2.0);
+        feed(&mut history, 400.0, 20.0, |_| 10.0);
+        let trend = history.trend().unwrap();
+        assert!((trend.level - 10.0).abs() < 0.5, "{trend:?}");
+        feed(&mut history, 420.0, 20.0, |_| 1.0);
+        let trend = history.trend().unwrap();
+        assert!((trend.level - 1.0).abs() < 0.2, "{trend:?}");
+    }
+
+    #[test]
+    fn forecasts_that_came_true_make_the_error_small_and_others_large() {
+        let mut history = History::default();
+        for i in 0..200 {
+            feed(&mut history, 10.0 * f64::from(i), 10.0, |_| 8.0);
+            history.judge(8.0, 60.0);
+        }
+        assert!(history.error() < 0.06, "{}", history.error());
+        for i in 200..400 {
+            let rate = if i % 2 == 0 { 12.0 } else { 6.0 };
+            feed(&mut history, 10.0 * f64::from(i), 10.0, |_| 9.0);
+            history.judge(rate, 60.0);
+        }
+        assert!(history.error() > 0.2, "{}", history.error());
+    }
+
+    #[test]
+    fn what_wasnt_watched_is_not_a_lull() {
+        let mut history = History::default();
+        feed(&mut history, 0.0, 200.0, |_| 4.0);
+        feed(&mut history, 260.0, 100.0, |_| 4.0);
+        let trend = history.trend().unwrap();
+        assert!((trend.level - 4.0).abs() < 0.3, "{trend:?}");
+    }
+}
