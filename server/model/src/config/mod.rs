@@ -77,7 +77,7 @@ impl Sizes {
                 return Err((name, problem));
             }
         }
-        if self.rotated > self.head_size || self.rotated % 2 != 0 {
+        if self.rotated > self.head_size || !self.rotated.is_multiple_of(2) {
             let problem = format!(
                 "is {}; it must be even and at most the head size {}",
                 self.rotated, self.head_size
