@@ -340,6 +340,19 @@ fn scheduled(facts: &Facts<'_>) -> Finding {
 /// `None` before the loop knows anything: then the condition stays as it was.
 fn scaling_active(facts: &Facts<'_>) -> Option<Finding> {
     let reason = facts.outlook.reason.as_ref()?;
+    if facts.service.spec.scaling.mode == ScalingMode::Recommend {
+        let message = format!(
+            "scaling.mode is Recommend: nothing is changed. {}",
+            reason.message
+        );
+        let recommend = reasons::RECOMMEND_MODE;
+        return Some(Finding::new(
+            types::SCALING_ACTIVE,
+            false,
+            recommend,
+            message,
+        ));
+    }
     if facts.service.spec.scaling.mode == ScalingMode::Manual {
         let message = "scaling.mode is Manual: replicas stay as spec.replicas says, only the dials \
                        follow the load";
@@ -457,6 +470,7 @@ fn headline(facts: &Facts<'_>, findings: &[Finding]) -> Option<String> {
         .or_else(|| failing(types::PROGRESSING));
     let scaling = || match facts.service.spec.scaling.mode {
         ScalingMode::Manual => Some(reasons::MANUAL_MODE),
+        ScalingMode::Recommend => Some(reasons::RECOMMEND_MODE),
         ScalingMode::Auto => facts
             .outlook
             .reason
