@@ -68,6 +68,7 @@ pub mod reasons {
     pub const AT_MAX_REPLICAS: &str = "AtMaxReplicas";
     pub const DIALS_MOVED: &str = "DialsMoved";
     pub const MANUAL_MODE: &str = "ManualMode";
+    pub const RECOMMEND_MODE: &str = "RecommendMode";
 
     // ObjectivesMet
     pub const OBJECTIVES_MET: &str = "ObjectivesMet";

@@ -116,7 +116,7 @@ use crate::status::InferenceServiceStatus;
     validation = Rule::new("self.engine.device != 'simulated' || !has(self.model.source)")
         .message("engine.device simulated reads no model: remove model.source, or set engine.device to cpu or cuda")
         .field_path(".model"),
-    validation = Rule::new("self.scaling.mode == 'Manual' || self.replicas == 1")
+    validation = Rule::new("self.scaling.mode != 'Auto' || self.replicas == 1")
         .message("scaling.mode Auto decides about replicas itself, between scaling.minReplicas and scaling.maxReplicas: set scaling.mode: Manual to change replicas by hand, or leave replicas at its default of 1")
         .field_path(".replicas"),
 )]

@@ -141,6 +141,12 @@ impl History {
         (n, watched, aged / f64::max(watched, 1e-9))
     }
 
+    /// Requests a second in the `seconds` before the end; `None` where half of them weren't watched.
+    pub fn rate(&self, seconds: f64) -> Option<f64> {
+        let (n, watched, _) = self.sum(seconds);
+        (watched >= 0.5 * seconds).then(|| n / watched)
+    }
+
     /// The line through the longest stretch that the newest seconds fit. `None` before anything was
     /// watched.
     pub fn trend(&self) -> Option<Trend> {

@@ -25,6 +25,7 @@ mod laws;
 mod mix;
 mod model;
 mod reason;
+mod recurrence;
 mod replicas;
 mod sleep;
 mod starts;
@@ -74,6 +75,10 @@ pub fn decide(
     if let Some(until) = memory.tracks.known_until(now) {
         let since = memory.watched.replace(until).unwrap_or(until);
         memory.history.note(&come, since, until);
+        let history = &memory.history;
+        memory
+            .recurrence
+            .note(until, |seconds| history.rate(seconds));
     }
     let demand = demand::measure(&memory.tracks, &memory.history, &census, memory.mix);
     if let Some(demand) = &demand {

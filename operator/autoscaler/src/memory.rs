@@ -11,6 +11,7 @@ use crate::fleet::Tracks;
 use crate::history::History;
 use crate::mix::Mix;
 use crate::observation::Dials;
+use crate::recurrence::Recurrence;
 use crate::starts::Starts;
 
 /// Seconds without a call after which nothing is known to have lasted.
@@ -19,7 +20,7 @@ const GAP: f64 = 30.0;
 const MIX_FOLLOWS: f64 = 120.0;
 
 /// Carried from one call of [`crate::decide`] to the next by the caller, who may store it as JSON
-/// (under 2 KB): recent samples are left out, so that after a restart rates are measured anew while
+/// (under 8 KB): recent samples are left out, so that after a restart rates are measured anew while
 /// everything stays as it is.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
@@ -38,6 +39,7 @@ pub struct Memory {
     pub(crate) lowered_at: Option<f64>,
     pub(crate) misses: Misses,
     pub(crate) history: History,
+    pub(crate) recurrence: Recurrence,
     pub(crate) starts: Starts,
 
     /// The dials were set by somebody who knew more: they stay until the mix is known again.
@@ -193,6 +195,7 @@ impl Memory {
             self.misses.shortage_at = now;
             self.tracks = Tracks::default();
             self.history = History::default();
+            self.recurrence = Recurrence::default();
             self.watched = None;
             self.differs_since = None;
             self.low.forget();

@@ -494,6 +494,50 @@ mod tests {
         }
     }
 
+    /// The figures of docs/autoscaling.md.
+    #[test]
+    fn the_worked_example() {
+        let law = Law {
+            base: 27.5e-3,
+            per_kv_token: 0.36e-6,
+            per_token: 0.27e-3,
+            per_sequence: 0.2e-3,
+            hidden: 1.0,
+        };
+        let mix = Mix {
+            prompt: 1155.0,
+            prompt_variation: 0.92,
+            output: 211.0,
+            output_variation: 0.6,
+            context: 1260.0,
+        };
+        let dials = Dials {
+            max_num_seqs: 44,
+            max_num_batched_tokens: 288,
+        };
+        let model = ReplicaModel::new(law, mix, objectives(ItlOf::Mean), 60_000);
+        let operation = model.operation(15.0, 288).unwrap();
+        let misses = model.missed(&operation, dials, 4);
+        let one = model.capacity(dials, 4).unwrap();
+        let figures = [
+            format!("takes {:.1} ms, a full one", 1e3 * operation.decode),
+            format!("a full one {:.1} ms", 1e3 * operation.mixed),
+            format!("{:.1} % of the steps", 100.0 * operation.mixed_share),
+            format!("the mean one takes {:.1} ms", 1e3 * operation.step),
+            format!("serves {:.2} requests/s", operation.rate),
+            format!(
+                "{:.1} ms of full steps",
+                1e3 * model.prompt_seconds(&operation, 288)
+            ),
+            format!("{:.1} % of the requests are expected", 100.0 * misses),
+            format!("carries {:.2}/s before", one.rate),
+        ];
+        let page = include_str!("../../../docs/autoscaling.md");
+        let told: String = page.split_whitespace().collect::<Vec<_>>().join(" ");
+        let lacks: Vec<&String> = figures.iter().filter(|f| !told.contains(*f)).collect();
+        assert!(lacks.is_empty(), "docs/autoscaling.md lacks {lacks:?}");
+    }
+
     #[test]
     fn without_hiding_a_larger_budget_is_worth_its_stalls() {
         let (law, kv) = t4();

@@ -10,6 +10,10 @@ use crate::tune::Tuned;
 /// Share of a forecast's error that is left when it matters: it is made anew every few seconds while
 /// replicas start.
 const ERROR_LEFT: f64 = 0.5;
+/// Seconds that replicas are to be ready before load comes back.
+const SPARE: f64 = 20.0;
+/// Ratio of the load that comes back to the trend's forecast that makes it a jump.
+const JUMP: f64 = 2.0;
 /// Without a law, the share of the cap that may be in use.
 const PLANNED_CAP: f64 = 0.7;
 /// Share of the misses allowed that the replicas left after a scale-down may be expected to have.
@@ -45,7 +49,13 @@ pub(crate) fn need(scene: &Scene, demand: &Demand, tuned: &Tuned, memory: &mut M
     let start = memory.starts.usual();
     let ahead = demand.trend.ahead(start).max(demand.trend.level);
     memory.history.judge(demand.trend.ahead(start), start);
-    if demand.idle {
+    // What came a period ago must be met by replicas that are ready by then.
+    let again = memory
+        .recurrence
+        .ahead(scene.now, memory.starts.slowest() + SPARE);
+    // A slow rise is the trend's affair.
+    let again = if again >= JUMP * ahead { again } else { 0.0 };
+    if demand.idle && again <= 0.0 {
         return Need::default();
     }
     let derating = memory.misses.derating();
@@ -59,8 +69,8 @@ pub(crate) fn need(scene: &Scene, demand: &Demand, tuned: &Tuned, memory: &mut M
                 error: memory.history.error() * ERROR_LEFT,
                 most: scene.limits.max_replicas.saturating_mul(2).max(1),
             };
-            let by_rate = fleet.needs(ahead, 1.0);
-            let down = fleet.needs(ahead, KEPT_MISSES);
+            let by_rate = fleet.needs(ahead, 1.0).max(fleet.needs(again, 1.0));
+            let down = fleet.needs(ahead, KEPT_MISSES).max(by_rate);
             let lacking = tuned.lacking.max(0.0).ceil() as u32;
             (
                 by_rate.saturating_add(lacking),

@@ -234,8 +234,8 @@ fn available(facts: &Facts<'_>) -> Finding {
 fn scaled_to_zero(facts: &Facts<'_>) -> &'static str {
     match facts.service.spec.scaling.mode {
         ScalingMode::Auto => "asleep at 0 replicas: the next request starts one and waits for it",
-        ScalingMode::Manual => {
-            "scaling.mode is Manual and replicas is 0: raise replicas to serve requests"
+        ScalingMode::Recommend | ScalingMode::Manual => {
+            "replicas is 0 and scaling.mode is not Auto: raise replicas to serve requests"
         }
     }
 }
@@ -349,6 +349,19 @@ fn scheduled(facts: &Facts<'_>) -> Finding {
 /// `None` before the loop knows anything: then the condition stays as it was.
 fn scaling_active(facts: &Facts<'_>) -> Option<Finding> {
     let reason = facts.outlook.reason.as_ref()?;
+    if facts.service.spec.scaling.mode == ScalingMode::Recommend {
+        let message = format!(
+            "scaling.mode is Recommend: nothing is changed. {}",
+            reason.message
+        );
+        let recommend = reasons::RECOMMEND_MODE;
+        return Some(Finding::new(
+            types::SCALING_ACTIVE,
+            false,
+            recommend,
+            message,
+        ));
+    }
     if facts.service.spec.scaling.mode == ScalingMode::Manual {
         let message = "scaling.mode is Manual: replicas stay as spec.replicas says, only the dials \
                        follow the load";
@@ -467,6 +480,7 @@ fn headline(facts: &Facts<'_>, findings: &[Finding]) -> Option<String> {
         .or_else(|| failing(types::PROGRESSING));
     let scaling = || match facts.service.spec.scaling.mode {
         ScalingMode::Manual => Some(reasons::MANUAL_MODE),
+        ScalingMode::Recommend => Some(reasons::RECOMMEND_MODE),
         ScalingMode::Auto => facts
             .outlook
             .reason

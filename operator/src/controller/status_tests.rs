@@ -224,6 +224,17 @@ fn manual_mode_and_zero() {
 }
 
 #[test]
+fn what_is_recommended_is_told_in_the_condition() {
+    let service = service(json!({"scaling": {"mode": "Recommend"}, "replicas": 2}));
+    let mut facts = facts(&service, vec![PodState::Answering]);
+    facts.outlook.reason = Some(Reason {
+        code: ReasonCode::ScaleUp,
+        message: "Recommended: 3 replicas".to_owned(),
+    });
+    assert_eq!(of(&facts, "ScalingActive"), ("False", "RecommendMode"));
+}
+
+#[test]
 fn figures_are_rounded_and_never_flatter() {
     let service = service(json!({}));
     let mut facts = facts(&service, vec![PodState::Answering]);

@@ -98,7 +98,9 @@ pub async fn desired(
 fn why(service: &InferenceService, outlook: &Outlook) -> Option<String> {
     match service.spec.scaling.mode {
         ScalingMode::Auto => outlook.reason.as_ref().map(|reason| reason.message.clone()),
-        ScalingMode::Manual => Some(format!("spec.replicas is {}", service.spec.replicas)),
+        ScalingMode::Manual | ScalingMode::Recommend => {
+            Some(format!("spec.replicas is {}", service.spec.replicas))
+        }
     }
 }
 

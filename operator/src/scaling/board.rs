@@ -208,7 +208,9 @@ pub fn bounds(service: &InferenceService) -> (u32, u32) {
             let lower = count(spec.scaling.min_replicas);
             (lower, count(spec.scaling.max_replicas).max(lower))
         }
-        ScalingMode::Manual => (count(spec.replicas), count(spec.replicas)),
+        ScalingMode::Manual | ScalingMode::Recommend => {
+            (count(spec.replicas), count(spec.replicas))
+        }
     }
 }
 

@@ -3,7 +3,7 @@
 use k8s_openapi::api::core::v1::{Pod, PodCondition};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 use kube::ResourceExt;
-use stoker_api::{InferenceServiceSpec, ItlStatistic, names};
+use stoker_api::{InferenceServiceSpec, ItlStatistic, ScalingMode, names};
 use stoker_autoscaler::{DialRange, ItlOf, Limits, Objectives, Phase};
 
 /// Whether the kubelet says that the pod takes requests.
@@ -99,8 +99,16 @@ pub fn objectives(spec: &InferenceServiceSpec) -> Objectives {
     }
 }
 
-pub fn limits(spec: &InferenceServiceSpec, (lower, upper): (u32, u32)) -> Limits {
+/// `bounds` are those of the Deployment; what is only recommended goes by the limits of mode Auto.
+pub fn limits(spec: &InferenceServiceSpec, bounds: (u32, u32)) -> Limits {
     let count = |n: i32| u32::try_from(n).unwrap_or(0);
+    let (lower, upper) = match spec.scaling.mode {
+        ScalingMode::Recommend => {
+            let lower = count(spec.scaling.min_replicas);
+            (lower, count(spec.scaling.max_replicas).max(lower))
+        }
+        ScalingMode::Auto | ScalingMode::Manual => bounds,
+    };
     let range = |min, max, initial| DialRange {
         min: count(min),
         max: count(max),

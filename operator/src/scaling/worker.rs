@@ -8,7 +8,7 @@ use futures::future::join_all;
 use k8s_openapi::api::core::v1::Pod;
 use kube::ResourceExt;
 use stoker_api::conditions::{self, types};
-use stoker_api::{InferenceService, names};
+use stoker_api::{InferenceService, ScalingMode, names};
 use stoker_autoscaler::{
     Decision, Dials, Memory, Observation, Phase, Queue, Replica, Sample, decide,
 };
@@ -25,7 +25,7 @@ use crate::routing::Routing;
 use crate::scrape::{FetchError, Fetcher, Reading};
 
 /// Seconds that a replica stays out of rotation before it goes, at most.
-const LONGEST_PROOF: u64 = 30;
+const LONGEST_PROOF: u64 = 15;
 
 /// What ticks act with.
 pub struct Tools {
@@ -103,13 +103,24 @@ impl Worker {
             "reason" => format!("{:?}", decision.reason.code))
         .increment(1);
         let wire = WireObjectives::from(&objectives);
-        self.push(&seen, &decision, wire, tools).await;
-        let next = self.step(service, &seen, desired, fleet, &decision, tools);
+        let recommends = service.spec.scaling.mode == ScalingMode::Recommend;
+        self.push(&seen, (!recommends).then_some(&decision), wire, tools)
+            .await;
+        // What is recommended is told, and what the spec says is done.
+        let asked = if recommends {
+            bounds(service).0
+        } else {
+            decision.replicas
+        };
+        let next = self.step(service, &seen, desired, fleet, asked, tools);
         let next = next.await;
         if next != desired {
             info!(from = desired, to = next, reason = ?decision.reason.code, "replicas");
         }
-        let outlook = self.outlook(&seen, &decision, objectives.good_percent);
+        let mut outlook = self.outlook(&seen, &decision, objectives.good_percent);
+        if recommends {
+            recommend(&mut outlook, &decision, &seen);
+        }
         (next, outlook)
     }
 
@@ -177,11 +188,12 @@ impl Worker {
         seen
     }
 
-    /// Tells each replica its dials and objectives where they differ from what it has.
+    /// Tells each replica its dials and objectives where they differ from what it has; without a
+    /// decision its dials stay.
     async fn push(
         &mut self,
         seen: &[Seen],
-        decision: &Decision,
+        decision: Option<&Decision>,
         objectives: WireObjectives,
         tools: &Tools,
     ) {
@@ -194,9 +206,12 @@ impl Worker {
             if pod.phase == Phase::Draining || !loaded {
                 continue;
             }
-            let wanted = decision.overrides.get(&pod.uid).unwrap_or(&decision.dials);
+            let dials = match decision {
+                Some(decision) => *(decision.overrides.get(&pod.uid)).unwrap_or(&decision.dials),
+                None => sample.dials,
+            };
             let wanted = Pushed {
-                dials: within(*wanted, sample.ceilings),
+                dials: within(dials, sample.ceilings),
                 objectives,
             };
             let pushed = self.pods.get(&pod.uid).and_then(|memory| memory.pushed);
@@ -239,7 +254,7 @@ impl Worker {
         seen: &[Seen],
         desired: u32,
         fleet: Fleet,
-        decision: &Decision,
+        asked: u32,
         tools: &Tools,
     ) -> u32 {
         let standing = self.standing(seen);
@@ -247,7 +262,7 @@ impl Worker {
             Some(_) => proof_seconds(service),
             None => 0,
         };
-        let step = step::next(desired, decision.replicas, fleet, &standing, proof);
+        let step = step::next(desired, asked, fleet, &standing, proof);
         let Some(Key { namespace, .. }) = Key::of(service) else {
             return desired;
         };
@@ -261,7 +276,7 @@ impl Worker {
             let wanted = marked == Some(pod.uid.as_str());
             // While fewer are wanted, a mark stays until its pod is gone.
             let marked = pod.marked_seconds.is_some();
-            if marked == wanted || (marked && decision.replicas < desired) {
+            if marked == wanted || (marked && asked < desired) {
                 continue;
             }
             let cost = &tools.deletion_cost;
@@ -357,6 +372,22 @@ impl PodMemory {
         };
         self.was_ready |= is_ready(&seen.pod) || leaving;
         seen.phase = observe::phase(&seen.pod, self.was_ready);
+    }
+}
+
+/// Tells what would be done, and the dials that are in force.
+fn recommend(outlook: &mut Outlook, decision: &Decision, seen: &[Seen]) {
+    let Dials {
+        max_num_seqs,
+        max_num_batched_tokens,
+    } = decision.dials;
+    let in_force = seen.iter().filter_map(Seen::sample).map(|s| s.dials);
+    outlook.dials = in_force.last();
+    if let Some(reason) = &mut outlook.reason {
+        reason.message = format!(
+            "Recommended: {} replicas, cap {max_num_seqs}, budget {max_num_batched_tokens}. {}",
+            decision.replicas, reason.message
+        );
     }
 }
 

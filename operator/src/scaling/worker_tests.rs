@@ -188,6 +188,32 @@ async fn a_loading_replica_tells_how_far_it_is_and_gets_no_dials() {
 }
 
 #[tokio::test]
+async fn what_is_only_recommended_moves_neither_dials_nor_replicas() {
+    let (stub, tools) = replica().await;
+    let mut service = service((16, 1024), json!({}));
+    service.spec.scaling.mode = ScalingMode::Recommend;
+    // In mode Auto two would be asked for at once, with the initial dials.
+    service.spec.scaling.min_replicas = 2;
+    let mut worker = Worker::default();
+    for _ in 0..3 {
+        let (next, outlook) = worker
+            .tick(&service, vec![pod(true, 0)], 1, fleet(), &tools)
+            .await;
+        assert_eq!(next, 1);
+        assert_eq!(outlook.dials.map(|d| d.max_num_seqs), Some(8));
+    }
+    {
+        // The objectives are told, or nothing could be counted.
+        let stub = stub.lock().unwrap();
+        assert_eq!(stub.dials, Some((8, 512)), "{:?}", stub.pushes);
+        assert_eq!(stub.pushes.len(), 1, "{:?}", stub.pushes);
+    }
+    service.spec.replicas = 3;
+    let tick = worker.tick(&service, vec![pod(true, 0)], 1, fleet(), &tools);
+    assert_eq!(tick.await.0, 3);
+}
+
+#[tokio::test]
 async fn lost_samples_change_nothing() {
     let key = ControlKey::generate().unwrap();
     let nobody = TcpListener::bind("127.0.0.1:0")

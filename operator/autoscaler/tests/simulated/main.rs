@@ -5,3 +5,4 @@ mod faults;
 mod fleet;
 mod load;
 mod replica;
+mod speed;
