@@ -231,11 +231,14 @@ pub(crate) fn settled(
     motion: &mut Motion,
 ) -> Option<Choice> {
     let known = motion.found(model, (caps, budgets), fleet, now);
+    // Whoever's turn it isn't goes on with what was found before.
+    let stale = motion.search.filter(|_| !may_search);
+    let known = known.or(stale.map(|search| search.found));
     if known.is_none() && !may_search {
         return Some(Choice {
             dials: current,
             judged: current,
-            capacity: model.capacity(current, fleet)?,
+            capacity: model.capacity_within(current, fleet, ROUGHLY)?,
         });
     }
     let best = match known {
@@ -263,7 +266,7 @@ pub(crate) fn settled(
         &mut motion.budget,
     );
     // Where the budget stays a little off the best one, the cap goes with the budget in force.
-    let best = if known.is_some() && budget == best.dials.max_num_batched_tokens {
+    let best = if known.is_some() && (!may_search || budget == best.dials.max_num_batched_tokens) {
         best
     } else {
         let exact = choice(model, budget, caps, fleet, HALVINGS).unwrap_or(best);
