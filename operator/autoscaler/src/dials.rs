@@ -217,6 +217,18 @@ pub(crate) fn following(allowed: u32, peak: u32, current: u32, caps: DialRange) 
     allowed.min(wanted).max(caps.min)
 }
 
+/// What a choice of dials goes by, beside the model.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Look {
+    /// The most requests that one replica had in flight of late.
+    pub peak: u32,
+    /// Replicas that share the load.
+    pub fleet: u32,
+    /// Whether it is this one's turn to search for the best dials.
+    pub may_search: bool,
+    pub now: f64,
+}
+
 /// The dials to use from now on: what the law allows and load asks for, without small moves and
 /// without going back on a recent one; and what a replica carries with all that the law allows.
 /// `None` where no dials keep the objective.
@@ -224,18 +236,24 @@ pub(crate) fn settled(
     model: &ReplicaModel,
     (caps, budgets): (DialRange, DialRange),
     current: Dials,
-    peak: u32,
-    fleet: u32,
-    may_search: bool,
-    now: f64,
+    look: Look,
     motion: &mut Motion,
 ) -> Option<Choice> {
+    let Look {
+        peak,
+        fleet,
+        may_search,
+        now,
+    } = look;
     let known = motion.found(model, (caps, budgets), fleet, now);
+    // Whoever's turn it isn't goes on with what was found before.
+    let stale = motion.search.filter(|_| !may_search);
+    let known = known.or(stale.map(|search| search.found));
     if known.is_none() && !may_search {
         return Some(Choice {
             dials: current,
             judged: current,
-            capacity: model.capacity(current, fleet)?,
+            capacity: model.capacity_within(current, fleet, ROUGHLY)?,
         });
     }
     let best = match known {
@@ -263,7 +281,7 @@ pub(crate) fn settled(
         &mut motion.budget,
     );
     // Where the budget stays a little off the best one, the cap goes with the budget in force.
-    let best = if known.is_some() && budget == best.dials.max_num_batched_tokens {
+    let best = if known.is_some() && (!may_search || budget == best.dials.max_num_batched_tokens) {
         best
     } else {
         let exact = choice(model, budget, caps, fleet, HALVINGS).unwrap_or(best);

@@ -157,10 +157,12 @@ fn settled(
         model,
         dials::ranges(scene.limits, known.ceilings),
         before,
-        peak,
-        scene.census.ready().max(1),
-        may_search,
-        scene.now,
+        dials::Look {
+            peak,
+            fleet: scene.census.ready().max(1),
+            may_search,
+            now: scene.now,
+        },
         motion,
     )
 }
