@@ -5,8 +5,8 @@
 mod config_map;
 mod deployment;
 mod disruption_budget;
-pub mod endpoint_slice;
 mod download;
+pub mod endpoint_slice;
 mod pod_template;
 pub mod service;
 mod service_account;
