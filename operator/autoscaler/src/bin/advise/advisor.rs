@@ -64,6 +64,7 @@ impl Advisor {
         let common = fit::law(&fleet.reg_decode, &fleet.reg_prefill, budget);
         let replicas = self.replicas(seen, now, dials, common);
         let observation = Observation {
+            queue: None,
             now,
             desired_replicas: seen.desired,
             replicas,
@@ -215,6 +216,7 @@ fn objectives(goals: &wire::Goals) -> Objectives {
 fn limits(seen: &wire::Observation, initial: Dials) -> Limits {
     let range = |(min, max): (u32, u32), initial: u32| DialRange { min, max, initial };
     Limits {
+        idle_seconds: 0.0,
         min_replicas: seen.min_replicas,
         max_replicas: seen.max_replicas,
         max_num_seqs: range(SEQS, initial.max_num_seqs),
