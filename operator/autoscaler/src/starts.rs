@@ -77,6 +77,7 @@ mod tests {
     #[test]
     fn a_start_is_what_a_replica_was_old_when_it_became_ready() {
         let observation = |phase: Phase, age: f64, ready: f64| Observation {
+            queue: None,
             now: 0.0,
             desired_replicas: 1,
             replicas: vec![Replica {
