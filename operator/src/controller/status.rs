@@ -216,7 +216,7 @@ fn available(facts: &Facts<'_>) -> Finding {
     let answering = facts.answering();
     let finding = |status, reason, message| Finding::new(types::AVAILABLE, status, reason, message);
     match answering {
-        0 if facts.desired == 0 => {
+        0 if facts.desired == 0 && scaling::bounds(facts.service).0 == 0 => {
             let message = scaled_to_zero(facts).to_owned();
             finding(Status::False, reasons::SCALED_TO_ZERO, message)
         }

@@ -219,7 +219,7 @@ async fn admission_fills_in_the_documented_defaults() -> Result<()> {
             "timeToFirstToken": {"milliseconds": 2000, "freePromptTokens": 1000, "millisecondsPerPromptToken": 1},
             "interTokenLatency": {"milliseconds": 100, "of": "mean"},
         },
-        "scaling": {"mode": "Auto", "minReplicas": 1, "maxReplicas": 4, "idleSeconds": 600, "scaleDownStabilizationSeconds": 300},
+        "scaling": {"mode": "Auto", "minReplicas": 1, "maxReplicas": 4, "idleSeconds": 600, "scaleDownStabilizationSeconds": 75},
         "replicas": 1,
         "rollout": {"maxSurge": 0, "maxUnavailable": 1},
     });
@@ -237,7 +237,7 @@ async fn admission_fills_in_the_documented_defaults() -> Result<()> {
     partly["spec"]["scaling"] = json!({"maxReplicas": 9, "mode": null});
     partly["spec"]["resources"] = json!({"accelerator": {}});
     let stored = dry_run(&cluster, &partly).await?;
-    let scaling = json!({"mode": "Auto", "minReplicas": 1, "maxReplicas": 9, "idleSeconds": 600, "scaleDownStabilizationSeconds": 300});
+    let scaling = json!({"mode": "Auto", "minReplicas": 1, "maxReplicas": 9, "idleSeconds": 600, "scaleDownStabilizationSeconds": 75});
     ensure!(
         stored["spec"]["scaling"] == scaling,
         "stored: {:#}",
