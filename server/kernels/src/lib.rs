@@ -1,4 +1,4 @@
-//! The fused blocks that a transformer is made of, on the CPU.
+//! The fused blocks that a transformer is made of, on the CPU; [`cuda`] has them on a GPU.
 //!
 //! A layer is five calls: [`norm_qkv`], [`rope_attention`], [`output_residual`], [`norm_gate_up`],
 //! [`down_residual`]; a step ends with [`norm_head_sample`]. All rows of a step (tokens of
@@ -14,6 +14,7 @@
 //! - Work is spread over the rayon pool that the caller runs in.
 //! - [`reference`] has the same blocks in plain loops; tests compare against it.
 
+pub mod cuda;
 pub mod reference;
 
 #[cfg(test)]

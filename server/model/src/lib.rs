@@ -1,5 +1,6 @@
 //! A language model behind the engine's [`Executor`](stoker_engine::executor::Executor): weights,
-//! tokenizer and chat template out of one GGUF file, and the executor that runs them on the CPU.
+//! tokenizer and chat template out of one GGUF file, and the executors that run them on the CPU and on
+//! an NVIDIA GPU.
 //!
 //! [`LoadedModel::load`] is the way in. A server without a model file (`--device simulated`) takes
 //! [`Tokenizer::simulated`] and [`ChatTemplate::chatml`] instead.
@@ -8,6 +9,7 @@ pub mod architecture;
 pub mod chat;
 pub mod config;
 pub mod cpu;
+pub mod cuda;
 pub mod error;
 pub mod gguf;
 pub mod load;
@@ -15,6 +17,7 @@ pub mod tokenizer;
 
 pub use chat::{ChatError, ChatMessage, ChatTemplate};
 pub use cpu::CpuExecutor;
+pub use cuda::CudaExecutor;
 pub use error::LoadError;
 pub use load::{KvMemory, LoadOptions, LoadPhase, LoadedModel, ModelInfo, Progress};
 pub use tokenizer::{DecodeStream, EncodeOptions, Tokenizer, TokenizerError};

@@ -3,7 +3,8 @@
 use std::{fmt, path::Path, sync::Arc};
 
 use crate::{
-    chat::ChatTemplate, cpu::CpuExecutor, error::LoadError, gguf::GgufFile, tokenizer::Tokenizer,
+    chat::ChatTemplate, cpu::CpuExecutor, cuda::CudaExecutor, error::LoadError, gguf::GgufFile,
+    tokenizer::Tokenizer,
 };
 
 /// How much memory the KV cache gets.
@@ -83,8 +84,8 @@ pub struct ModelInfo {
     pub threads: usize,
 }
 
-pub struct LoadedModel {
-    pub executor: CpuExecutor,
+pub struct LoadedModel<E = CpuExecutor> {
+    pub executor: E,
     pub tokenizer: Arc<Tokenizer>,
     pub chat_template: Arc<ChatTemplate>,
     pub info: ModelInfo,
@@ -97,6 +98,36 @@ impl LoadedModel {
         path: &Path,
         options: &LoadOptions,
         progress: &dyn Fn(Progress),
+    ) -> Result<Self, LoadError> {
+        Self::load_with(path, options, progress, CpuExecutor::load)
+    }
+}
+
+impl LoadedModel<CudaExecutor> {
+    /// The same onto the first GPU that the process may use.
+    pub fn load_cuda(
+        path: &Path,
+        options: &LoadOptions,
+        progress: &dyn Fn(Progress),
+    ) -> Result<Self, LoadError> {
+        Self::load_with(path, options, progress, CudaExecutor::load)
+    }
+}
+
+/// Sets up an executor: file, tokenizer, options, progress (phase and share of the whole).
+type LoadExecutor<E> = fn(
+    &GgufFile,
+    &Tokenizer,
+    &LoadOptions,
+    &dyn Fn(LoadPhase, f32),
+) -> Result<(E, ModelInfo), LoadError>;
+
+impl<E> LoadedModel<E> {
+    fn load_with(
+        path: &Path,
+        options: &LoadOptions,
+        progress: &dyn Fn(Progress),
+        load_executor: LoadExecutor<E>,
     ) -> Result<Self, LoadError> {
         let report = |phase, percent| progress(Progress { phase, percent });
         report(LoadPhase::Header, 0.0);
@@ -111,7 +142,7 @@ impl LoadedModel {
             )?,
             None => ChatTemplate::missing(),
         });
-        let (executor, info) = CpuExecutor::load(&file, &tokenizer, options, &|phase, share| {
+        let (executor, info) = load_executor(&file, &tokenizer, options, &|phase, share| {
             report(phase, 3.0 + 97.0 * share);
         })?;
         report(LoadPhase::KvCache, 100.0);
