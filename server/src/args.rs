@@ -190,10 +190,6 @@ pub enum LogFormat {
 /// Why a command line can't be used.
 #[derive(Debug, Error)]
 pub enum ArgsError {
-    #[error(
-        "--device cuda: this build has no CUDA kernels; use --device cpu, or --device simulated"
-    )]
-    NoCuda,
     #[error("--model is missing; give the path of a GGUF file (or use --device simulated)")]
     NoModel,
     #[error("--model {path}: {source}")]
@@ -219,9 +215,8 @@ impl Args {
     /// Checks what the types of the flags don't.
     pub fn validate(&self) -> Result<(), ArgsError> {
         match (self.device, &self.model) {
-            (Device::Cuda, _) => return Err(ArgsError::NoCuda),
-            (Device::Cpu, None) => return Err(ArgsError::NoModel),
-            (Device::Cpu, Some(path)) => {
+            (Device::Cpu | Device::Cuda, None) => return Err(ArgsError::NoModel),
+            (Device::Cpu | Device::Cuda, Some(path)) => {
                 std::fs::File::open(path).map_err(|source| ArgsError::Model {
                     path: path.clone(),
                     source,
@@ -310,7 +305,7 @@ mod tests {
     #[test]
     fn bad_combinations_are_refused() {
         for (line, word) in [
-            ("--device cuda", "no CUDA kernels"),
+            ("--device cuda", "--model is missing"),
             ("", "--model is missing"),
             ("--model /nowhere/x.gguf", "/nowhere/x.gguf"),
             (
