@@ -16,13 +16,13 @@ const METRICS: &str = include_str!("../../tests/data/scaling_metrics.txt");
 
 /// A replica whose dials follow what is pushed.
 #[derive(Default)]
-struct Stub {
+struct StandIn {
     dials: Option<(u64, u64)>,
     pushes: Vec<Value>,
     loading: Option<f64>,
 }
 
-type Shared = Arc<Mutex<Stub>>;
+type Shared = Arc<Mutex<StandIn>>;
 
 async fn metrics_of(State(stand_in): State<Shared>) -> String {
     let stand_in = stand_in.lock().unwrap();
@@ -189,7 +189,7 @@ async fn a_loading_replica_tells_how_far_it_is_and_gets_no_dials() {
 
 #[tokio::test]
 async fn what_is_only_recommended_moves_neither_dials_nor_replicas() {
-    let (stub, tools) = replica().await;
+    let (stand_in, tools) = replica().await;
     let mut service = service((16, 1024), json!({}));
     service.spec.scaling.mode = ScalingMode::Recommend;
     // In mode Auto two would be asked for at once, with the initial dials.
@@ -204,9 +204,9 @@ async fn what_is_only_recommended_moves_neither_dials_nor_replicas() {
     }
     {
         // The objectives are told, or nothing could be counted.
-        let stub = stub.lock().unwrap();
-        assert_eq!(stub.dials, Some((8, 512)), "{:?}", stub.pushes);
-        assert_eq!(stub.pushes.len(), 1, "{:?}", stub.pushes);
+        let stand_in = stand_in.lock().unwrap();
+        assert_eq!(stand_in.dials, Some((8, 512)), "{:?}", stand_in.pushes);
+        assert_eq!(stand_in.pushes.len(), 1, "{:?}", stand_in.pushes);
     }
     service.spec.replicas = 3;
     let tick = worker.tick(&service, vec![pod(true, 0)], 1, fleet(), &tools);
