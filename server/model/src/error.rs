@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use stoker_kernels::KernelError;
+use stoker_kernels::{KernelError, cuda::CudaError};
 use thiserror::Error;
 
 #[derive(Debug, Error)]
@@ -75,6 +75,12 @@ pub enum LoadError {
     Threads { threads: usize, message: String },
     #[error("the model can't be set up for the CPU: {0}")]
     Kernel(#[from] KernelError),
+    #[error("--device cuda: {0}")]
+    Cuda(#[from] CudaError),
+    #[error(
+        "tensor {name} holds {value}, which f16 can't: the model needs bf16 or f32, which isn't supported on this device"
+    )]
+    Overflow { name: String, value: f32 },
     #[error("the option --{name} is {value}, but must be {expected}")]
     Option {
         name: &'static str,

@@ -3,7 +3,8 @@
 use std::{fmt, path::Path, sync::Arc};
 
 use crate::{
-    chat::ChatTemplate, checkpoint::Checkpoint, cpu::CpuExecutor, error::LoadError,
+    chat::ChatTemplate, checkpoint::Checkpoint, cpu::CpuExecutor, cuda::CudaExecutor,
+    error::LoadError,
     tokenizer::Tokenizer,
 };
 
@@ -84,8 +85,8 @@ pub struct ModelInfo {
     pub threads: usize,
 }
 
-pub struct LoadedModel {
-    pub executor: CpuExecutor,
+pub struct LoadedModel<E = CpuExecutor> {
+    pub executor: E,
     pub tokenizer: Arc<Tokenizer>,
     pub chat_template: Arc<ChatTemplate>,
     pub info: ModelInfo,
@@ -99,6 +100,36 @@ impl LoadedModel {
         options: &LoadOptions,
         progress: &dyn Fn(Progress),
     ) -> Result<Self, LoadError> {
+        Self::load_with(path, options, progress, CpuExecutor::load)
+    }
+}
+
+impl LoadedModel<CudaExecutor> {
+    /// The same onto the first GPU that the process may use.
+    pub fn load_cuda(
+        path: &Path,
+        options: &LoadOptions,
+        progress: &dyn Fn(Progress),
+    ) -> Result<Self, LoadError> {
+        Self::load_with(path, options, progress, CudaExecutor::load)
+    }
+}
+
+/// Sets up an executor: checkpoint, tokenizer, options, progress (phase and share of the whole).
+type LoadExecutor<E> = fn(
+    &Checkpoint,
+    &Tokenizer,
+    &LoadOptions,
+    &dyn Fn(LoadPhase, f32),
+) -> Result<(E, ModelInfo), LoadError>;
+
+impl<E> LoadedModel<E> {
+    fn load_with(
+        path: &Path,
+        options: &LoadOptions,
+        progress: &dyn Fn(Progress),
+        load_executor: LoadExecutor<E>,
+    ) -> Result<Self, LoadError> {
         let report = |phase, percent| progress(Progress { phase, percent });
         report(LoadPhase::Header, 0.0);
         let checkpoint = Checkpoint::open(path)?;
@@ -106,7 +137,7 @@ impl LoadedModel {
         let tokenizer = Arc::new(checkpoint.tokenizer()?);
         let chat_template = Arc::new(checkpoint.chat_template(&tokenizer)?);
         let (executor, info) =
-            CpuExecutor::load(&checkpoint, &tokenizer, options, &|phase, share| {
+            load_executor(&checkpoint, &tokenizer, options, &|phase, share| {
                 report(phase, 3.0 + 97.0 * share);
             })?;
         report(LoadPhase::KvCache, 100.0);

@@ -1,0 +1,14 @@
+//! A model on an NVIDIA GPU.
+
+mod executor;
+mod forward;
+mod memory;
+mod sizes;
+mod step;
+mod weights;
+
+pub use executor::CudaExecutor;
+pub use forward::{Forward, Tuning};
+pub use sizes::Sizes;
+pub use step::{Layout, Packed};
+pub use weights::Weights;
