@@ -6,7 +6,7 @@ CLUSTER ?= local
 export CLUSTER
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench bench-router images model prerequisites cluster-build cluster-up cluster-down
+.PHONY: help demo test lint bench bench-cuda bench-router kernels images model prerequisites cluster-build cluster-up cluster-down
 
 help: ## list the verbs
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -28,6 +28,15 @@ bench: ## measure, and write the report
 
 bench-router: ## measure the router beside nginx
 	tests/bench-router.sh
+
+kernels: ## fetch the compiler of the CUDA kernels; builds have them from then on
+	server/kernels/fetch-nvrtc.sh
+
+bench-cuda: kernels ## make the bench that is run on a machine with a GPU
+	cargo build --release -p stoker-model --example bench-cuda
+	mkdir -p target/bench-cuda
+	strip -o target/bench-cuda/bench-cuda target/release/examples/bench-cuda
+	@echo "run target/bench-cuda/bench-cuda on a machine with an NVIDIA GPU"
 
 images: prerequisites ## build the images and load them into the cluster
 	cargo build --release --workspace --bins

@@ -207,10 +207,6 @@ pub enum LogFormat {
 #[derive(Debug, Error)]
 pub enum ArgsError {
     #[error(
-        "--device cuda: this build has no CUDA kernels; use --device cpu, or --device simulated"
-    )]
-    NoCuda,
-    #[error(
         "--model is missing; give a GGUF file, the folder of a checkpoint, hf://<org>/<name> or a URL (or use --device simulated)"
     )]
     NoModel,
@@ -237,11 +233,10 @@ impl Args {
     /// Checks what the types of the flags don't.
     pub fn validate(&self) -> Result<(), ArgsError> {
         match (self.device, &self.model) {
-            (Device::Cuda, _) => return Err(ArgsError::NoCuda),
-            (Device::Cpu, None) => return Err(ArgsError::NoModel),
+            (Device::Cpu | Device::Cuda, None) => return Err(ArgsError::NoModel),
             // What is to be downloaded is looked at then.
-            (Device::Cpu, Some(ModelSource::Hub(_) | ModelSource::Url(_))) => {}
-            (Device::Cpu, Some(ModelSource::Path(path))) => {
+            (Device::Cpu | Device::Cuda, Some(ModelSource::Hub(_) | ModelSource::Url(_))) => {}
+            (Device::Cpu | Device::Cuda, Some(ModelSource::Path(path))) => {
                 std::fs::File::open(path).map_err(|source| ArgsError::Model {
                     path: path.clone(),
                     source,
@@ -327,7 +322,7 @@ mod tests {
     #[test]
     fn bad_combinations_are_refused() {
         for (line, word) in [
-            ("--device cuda", "no CUDA kernels"),
+            ("--device cuda", "--model is missing"),
             ("", "--model is missing"),
             ("--model /nowhere/x.gguf", "/nowhere/x.gguf"),
             (

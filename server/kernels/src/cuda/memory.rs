@@ -81,6 +81,8 @@ impl<T: Plain> Buffer<T> {
         };
         // SAFETY: the memory was just allocated with this size.
         unsafe { result::memset_d8_sync(pointer, 0, bytes) }.context("zeroing memory")?;
+        // Neither this nor a copy is over when its call returns, and streams don't wait for it.
+        gpu.synchronize()?;
         Ok(buffer)
     }
 
@@ -161,7 +163,8 @@ impl<'a, T: Plain> Slice<'a, T> {
     pub fn write(self, values: &[T]) -> Result<(), CudaError> {
         check("values to write", values.len(), self.len)?;
         // SAFETY: both sides have this many values.
-        unsafe { result::memcpy_htod_sync(self.pointer, values) }.context("copying to the GPU")
+        unsafe { result::memcpy_htod_sync(self.pointer, values) }.context("copying to the GPU")?;
+        result::ctx::synchronize().context("waiting for the GPU")
     }
 
     /// Copies the values out, after all work that was begun.

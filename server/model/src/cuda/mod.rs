@@ -11,4 +11,4 @@ pub use executor::CudaExecutor;
 pub use forward::{Forward, Tuning};
 pub use sizes::Sizes;
 pub use step::{Layout, Packed};
-pub use weights::Weights;
+pub use weights::{Layer, Weights};
