@@ -55,8 +55,9 @@ struct Tile {
     u32 first;
 };
 
-// Programmatic dependent launch: wait for the kernel before this one, and let the one after it
-// begin what doesn't depend on this one.
+// Programmatic dependent launch: a kernel lets the next one begin at once (that one fetches weights
+// and waits), and waits for the one before it before it reads what that one wrote, or writes at all.
+// What came before those two is over then. A step's first kernel is launched without it.
 __device__ __forceinline__ void wait_for_previous() {
 #if __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.wait;" ::: "memory");

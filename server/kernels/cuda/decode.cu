@@ -21,15 +21,15 @@ struct Decode {
     float scale;
 };
 
-constexpr int WARPS = 4;
 // Query heads that share a KV head, at most.
 constexpr int GROUP = 8;
 
-template <int SIZE> __device__ __forceinline__ void decode(const Decode& p) {
+template <int SIZE, int WARPS> __device__ __forceinline__ void decode(const Decode& p) {
     constexpr int CHUNKS = SIZE / 32, PAIRS = SIZE / 16;
     __shared__ float maxima[WARPS][GROUP], totals[WARPS][GROUP];
     __shared__ float outs[WARPS][GROUP][SIZE + 4];
     __shared__ u32 ticket;
+    let_next_begin();
     const int kv_head = blockIdx.x, parts_most = gridDim.z, part = blockIdx.z;
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
     const int group = p.kv.heads / p.kv.kv_heads;
@@ -43,7 +43,6 @@ template <int SIZE> __device__ __forceinline__ void decode(const Decode& p) {
     const int begin = part * each, end = min(blocks, begin + each);
     if (sequence.rows == 0 || begin >= blocks) {
         wait_for_previous();
-        let_next_begin();
         return;
     }
     const int row = sequence.first_row;
@@ -76,7 +75,6 @@ template <int SIZE> __device__ __forceinline__ void decode(const Decode& p) {
     // The newest block is written below; the others are from steps before.
     if (block < end && block != newest) load_keys(id);
     wait_for_previous();
-    let_next_begin();
 
     if (end == blocks && newest % WARPS == (begin + warp) % WARPS) {
         u32 written = p.rows[row].block;
@@ -218,6 +216,13 @@ template <int SIZE> __device__ __forceinline__ void decode(const Decode& p) {
     }
 }
 
-KERNEL __launch_bounds__(32 * WARPS) decode_64(const __grid_constant__ Decode p) { decode<64>(p); }
-KERNEL __launch_bounds__(32 * WARPS) decode_96(const __grid_constant__ Decode p) { decode<96>(p); }
-KERNEL __launch_bounds__(32 * WARPS) decode_128(const __grid_constant__ Decode p) { decode<128>(p); }
+#define DECODE(SIZE, WARPS)                                                                      \
+    KERNEL __launch_bounds__(32 * WARPS) decode_##SIZE##_w##WARPS(const __grid_constant__ Decode p) { \
+        decode<SIZE, WARPS>(p);                                                                  \
+    }
+DECODE(64, 4)
+DECODE(96, 4)
+DECODE(128, 4)
+DECODE(64, 8)
+DECODE(96, 8)
+DECODE(128, 8)

@@ -25,8 +25,8 @@ template <int SIZE> __device__ __forceinline__ void prefill(const Prefill& p) {
     const int kv_head = blockIdx.x;
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
     const int group = p.kv.heads / p.kv.kv_heads;
-    wait_for_previous();
     let_next_begin();
+    wait_for_previous();
     // The longest contexts first.
     const Tile tile = p.tiles[gridDim.y - 1 - blockIdx.y];
     const Sequence sequence = p.sequences[tile.sequence];

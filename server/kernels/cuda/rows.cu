@@ -16,8 +16,8 @@ struct Embed {
 KERNEL __launch_bounds__(256) embed(const __grid_constant__ Embed p) {
     __shared__ float scratch[32];
     const size_t at = (size_t)blockIdx.x * p.width;
-    wait_for_previous();
     let_next_begin();
+    wait_for_previous();
     u32 token = p.rows[blockIdx.x].token;
     if (token & PREVIOUS) token = p.previous[token & ~PREVIOUS];
     token = min(token, (u32)p.vocab - 1);
@@ -49,8 +49,8 @@ struct Norm {
 // residual += sum of partials; normed = norm(residual).
 KERNEL __launch_bounds__(256) norm_rows(const __grid_constant__ Norm p) {
     __shared__ float scratch[32];
-    wait_for_previous();
     let_next_begin();
+    wait_for_previous();
     const u32 row = p.samples ? p.samples[blockIdx.x].row : blockIdx.x;
     float4* residual = (float4*)(p.residual + (size_t)row * p.width);
     const float4* norm = (const float4*)p.norm;
@@ -99,8 +99,8 @@ struct RopeRows {
 
 // Rotates the queries of prompt chunks and writes their keys and values to the cache.
 KERNEL __launch_bounds__(256) rope_rows(const __grid_constant__ RopeRows p) {
-    wait_for_previous();
     let_next_begin();
+    wait_for_previous();
     const int row = p.first + blockIdx.x;
     const Row place = p.rows[row];
     const int size = p.kv.size, pairs = size / 2;

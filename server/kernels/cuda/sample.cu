@@ -137,8 +137,8 @@ KERNEL __launch_bounds__(THREADS, 1) choose(const __grid_constant__ Choose p) {
     __shared__ Found found;
     const Sample s = p.samples[blockIdx.x];
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    wait_for_previous();
     let_next_begin();
+    wait_for_previous();
     if (s.out == NOWHERE) return;
     const float* logits = p.logits + (size_t)blockIdx.x * p.vocab;
 

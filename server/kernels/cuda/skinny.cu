@@ -32,6 +32,7 @@ __device__ __forceinline__ void skinny(const Skinny& p) {
     constexpr int PITCH = ROWS + 4;
     __shared__ float sums[WARPS][COLUMNS][PITCH];
     __shared__ float scales[COLUMNS];
+    let_next_begin();
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const int g = lane / 4, t = lane % 4;
     const int first = blockIdx.x * ROWS;
@@ -70,7 +71,6 @@ __device__ __forceinline__ void skinny(const Skinny& p) {
 #pragma unroll
     for (int s = 0; s < STAGES; s++) load_a(s, warp + s * WARPS);
     wait_for_previous();
-    let_next_begin();
 #pragma unroll
     for (int s = 0; s < STAGES; s++) load_b(s, warp + s * WARPS);
 

@@ -28,6 +28,7 @@ __device__ __forceinline__ void tiled(const Tiled& p) {
     constexpr int WARPS_N = BN / WN, THREADS = 32 * WARPS_N * (BM / WM);
     constexpr int NT = WN / 16, MT = WM / 8;
     extern __shared__ __align__(128) half stages[];  // [STAGES][BN + BM][STEP]
+    let_next_begin();
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const int g = lane / 4, t = lane % 4;
     const int n0 = blockIdx.y * BN, m0 = blockIdx.x * BM;
@@ -58,7 +59,6 @@ __device__ __forceinline__ void tiled(const Tiled& p) {
     for (int s = 0; s < STAGES - 1; s++)
         if (s < steps) load_w(s, s);
     wait_for_previous();
-    let_next_begin();
 #pragma unroll
     for (int s = 0; s < STAGES - 1; s++) {
         if (s < steps) load_x(s, s);

@@ -78,6 +78,7 @@ template <bool ROWS_ARE_A> __device__ __forceinline__ Place place_of(int tile, i
 
 template <int OP, bool ROWS_ARE_A, int BN, int STAGES> __device__ __forceinline__ void wide(const Wide& p) {
     constexpr int A_BYTES = TILE_A * STEP * 2, B_BYTES = BN * STEP * 2, BYTES = A_BYTES + B_BYTES;
+    let_next_begin();
     extern __shared__ unsigned char memory[];
     const u32 barriers = shared_address(memory);  // full, then empty
     const u32 stages = (barriers + 16 * STAGES + 1023) / 1024 * 1024;
@@ -111,7 +112,6 @@ template <int OP, bool ROWS_ARE_A, int BN, int STAGES> __device__ __forceinline_
                 }
             }
             wait_for_previous();
-            let_next_begin();
             int stage = 0, parity = 1, done = 0;
             for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
                 Place place = place_of<ROWS_ARE_A>(tile, as, bs);
@@ -137,7 +137,6 @@ template <int OP, bool ROWS_ARE_A, int BN, int STAGES> __device__ __forceinline_
     }
 
     wait_for_previous();
-    let_next_begin();
     const int half_a = warpgroup - 1;
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4, g = lane / 4, t = lane % 4;
     const bool first_thread = threadIdx.x % 128 == 0;

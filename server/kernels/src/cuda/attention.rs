@@ -119,7 +119,10 @@ struct PrefillParameters {
 }
 
 pub(crate) fn decode_kernels() -> Vec<(String, u32)> {
-    HEAD_SIZES.map(|size| (format!("decode_{size}"), 0)).into()
+    HEAD_SIZES
+        .into_iter()
+        .flat_map(|size| [4, 8].map(|warps| (format!("decode_{size}_w{warps}"), 0)))
+        .collect()
 }
 
 pub(crate) fn prefill_kernels() -> Vec<(String, u32)> {
@@ -247,10 +250,13 @@ impl Kernels {
             part_tokens: part_tokens.max(1) as i32,
             scale: a.shape.scale(),
         };
-        let kernel = self.kernel(&format!("decode_{}", shape.head_size))?;
+        // Few blocks of threads: more warps for each, to have a context read sooner.
+        let few = sequences * shape.kv_heads <= self.gpu().processors() as usize;
+        let warps = if few { 8 } else { 4 };
+        let kernel = self.kernel(&format!("decode_{}_w{warps}", shape.head_size))?;
         let launch = Shape {
             grid: [shape.kv_heads as u32, sequences as u32, parts as u32],
-            threads: 128,
+            threads: 32 * warps,
             shared: 0,
             early: true,
         };

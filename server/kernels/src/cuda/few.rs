@@ -122,9 +122,8 @@ impl FewTile {
     /// What is fastest on the whole, as measured (docs/kernels.md).
     fn best(out: &FewOut, rows: usize) -> Self {
         let (warps, tiles) = match (out, groups(rows)) {
-            (FewOut::GateUp(_) | FewOut::F32(_), 1) => (4, 1),
-            (_, 1 | 2) => (8, 1),
-            _ => (8, 2),
+            (FewOut::F16(_), 2) | (_, 4) => (8, 2),
+            _ => (8, 1),
         };
         Self { warps, tiles }
     }

@@ -37,7 +37,7 @@ impl Tuning {
     /// What is fastest, as measured.
     pub fn best(gpu: &Gpu) -> Self {
         Self {
-            few_rows: if gpu.capability() >= 90 { 16 } else { FEW_ROWS },
+            few_rows: if gpu.capability() >= 90 { 8 } else { FEW_ROWS },
             part_tokens: 256,
             tiles: [None; 5],
         }
