@@ -15,6 +15,9 @@ use crate::error::check;
 /// Most rows that this form takes.
 pub const FEW_ROWS: usize = 32;
 
+/// Blocks of 8 warps that a multiprocessor holds, by their registers.
+const BLOCKS_PER_PROCESSOR: u32 = 3;
+
 /// How a product is cut: warps that split k, and tiles of 16 outputs a block of threads.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct FewTile {
@@ -122,7 +125,7 @@ impl FewTile {
     /// What is fastest on the whole, as measured (docs/kernels.md).
     fn best(out: &FewOut, rows: usize) -> Self {
         let (warps, tiles) = match (out, groups(rows)) {
-            (FewOut::F16(_), 2) | (_, 4) => (8, 2),
+            (FewOut::GateUp(_), 1) | (FewOut::F16(_), 2) | (_, 4) => (8, 2),
             _ => (8, 1),
         };
         Self { warps, tiles }
@@ -208,7 +211,12 @@ impl Kernels {
         };
         let kernel = self.kernel(&name(operation, tile.warps, tile.tiles, groups(rows)))?;
         let shape = Shape {
-            grid: [parts as u32, u32::from(rows > 0), 1],
+            // What runs at once; with rather few tiles a block each.
+            grid: [
+                (parts as u32).min(BLOCKS_PER_PROCESSOR * 8 / tile.warps * self.gpu().processors()),
+                u32::from(rows > 0),
+                1,
+            ],
             threads: 32 * tile.warps,
             shared: 0,
             early: true,
