@@ -18,7 +18,7 @@ pub(super) fn buckets(most: usize) -> Vec<usize> {
     while buckets.last().is_none_or(|&last| last < most) {
         buckets.push(next.min(most));
         let after = next + 1;
-        let widest = (after as f64 / 0.88).floor() as usize;
+        let widest = (after * 100 - 1) / 88;
         // Powers of two are what people ask for.
         let largest = after.next_power_of_two();
         next = if next < 8 {
