@@ -20,8 +20,8 @@ use stoker_kernels::{
 };
 use stoker_model::{
     CudaExecutor, KvMemory, LoadOptions,
-    architecture::LLAMA,
-    config::ModelConfig,
+    architecture::{LLAMA, PairOrder},
+    config::{ModelConfig, RopeScaling},
     cuda::{Tuning, Weights},
 };
 
@@ -48,12 +48,15 @@ fn llama_3b() -> ModelConfig {
             heads: 24,
             kv_heads: 8,
             head_size: 128,
+            window: None,
         },
         vocab: 128_256,
         context_length: 131_072,
         rotated: 128,
         rope_base: 500_000.0,
+        rope_scaling: RopeScaling::None,
         norm_epsilon: 1e-5,
+        pairs: PairOrder::Adjacent,
     }
 }
 

@@ -78,9 +78,9 @@ pub enum LoadError {
     #[error("--device cuda: {0}")]
     Cuda(#[from] CudaError),
     #[error(
-        "tensor {name} holds {value}, which f16 can't: the model needs bf16 or f32, which isn't supported on this device"
+        "--device cuda: the model has {found}, which isn't supported on a GPU; use --device cpu"
     )]
-    Overflow { name: String, value: f32 },
+    Device { found: &'static str },
     #[error("the option --{name} is {value}, but must be {expected}")]
     Option {
         name: &'static str,

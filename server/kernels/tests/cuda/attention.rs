@@ -200,6 +200,7 @@ fn attention_of_all_shapes() {
             heads,
             kv_heads,
             head_size,
+            window: None,
         };
         let mut both = Both::new(&d, shape, rotated);
         let mut random = Random((heads * head_size) as u64);

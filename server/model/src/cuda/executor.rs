@@ -14,9 +14,9 @@ use super::{
     step::Bounds,
 };
 use crate::{
+    checkpoint::Checkpoint,
     config::ModelConfig,
     error::LoadError,
-    gguf::GgufFile,
     load::{LoadOptions, LoadPhase, ModelInfo},
     tokenizer::Tokenizer,
 };
@@ -56,24 +56,25 @@ impl CudaExecutor {
     /// Opens the GPU, loads weights and sets up the KV cache; `progress` is given the phase and the
     /// share of the whole.
     pub(crate) fn load(
-        file: &GgufFile,
+        checkpoint: &Checkpoint,
         tokenizer: &Tokenizer,
         options: &LoadOptions,
         progress: &dyn Fn(LoadPhase, f32),
     ) -> Result<(Self, ModelInfo), LoadError> {
-        let config = ModelConfig::from_gguf(file, tokenizer.vocab_size())?;
+        let config = checkpoint.config(tokenizer)?;
+        check_supported(&config)?;
         let sizes = sizes(&config, options)?;
         let gpu = Gpu::open(GpuOptions::default())?;
         let kernels = Arc::new(Kernels::load(&gpu)?);
-        let weights = Weights::load(&gpu, file, &config, &|share| {
+        let weights = Weights::load(&gpu, checkpoint, &config, &|share| {
             progress(LoadPhase::Weights, share * 0.95);
         })?;
         progress(LoadPhase::KvCache, 0.95);
         let weight_bytes = weights.bytes();
         let info = ModelInfo {
-            name: file.string_opt("general.name")?.map(str::to_owned),
+            name: checkpoint.name()?,
             architecture: config.architecture.name.to_owned(),
-            parameters: file.parameters(),
+            parameters: checkpoint.parameters(),
             context_length: config.context_length,
             vocab_size: tokenizer.vocab_size(),
             weight_bytes,
@@ -270,6 +271,20 @@ impl CudaExecutor {
             tokens,
             device_time,
         })
+    }
+}
+
+/// Refuses what the kernels can't do.
+fn check_supported(config: &ModelConfig) -> Result<(), LoadError> {
+    let options = config.architecture.options;
+    let found = [
+        (options.qkv_bias, "biases of queries, keys and values"),
+        (options.head_norms, "norms of single heads"),
+        (config.attention.window.is_some(), "a sliding window"),
+    ];
+    match found.into_iter().find(|(found, _)| *found) {
+        Some((_, found)) => Err(LoadError::Device { found }),
+        None => Ok(()),
     }
 }
 

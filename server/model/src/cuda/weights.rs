@@ -1,12 +1,18 @@
 //! A model's weights on the GPU.
 
-use std::{ops::Range, sync::Arc};
+use std::{cell::Cell, ops::Range, sync::Arc};
 
 use half::{f16, slice::HalfFloatSliceExt};
 use rayon::prelude::*;
 use stoker_kernels::cuda::{self, Buffer, CudaError, Gpu, Kernels, Stream, interleave_gate_up};
 
-use crate::{config::ModelConfig, error::LoadError, gguf::GgufFile};
+use crate::{
+    checkpoint::Checkpoint,
+    config::ModelConfig,
+    error::LoadError,
+    tensor::TensorHandle,
+    tensors::{LayerTensors, Tensors},
+};
 
 /// Rows that one task reads and dequantises.
 const ROWS_PER_TASK: usize = 64;
@@ -35,77 +41,37 @@ impl Weights {
     /// Reads all tensors; `progress` is given the share that is done.
     pub(crate) fn load(
         gpu: &Arc<Gpu>,
-        file: &GgufFile,
+        checkpoint: &Checkpoint,
         config: &ModelConfig,
         progress: &dyn Fn(f32),
     ) -> Result<Self, LoadError> {
-        let names = &config.architecture.tensors;
-        let ModelConfig {
-            hidden,
-            inner,
-            vocab,
-            ..
-        } = *config;
-        let heads = config.attention.heads * config.attention.head_size;
-        let kv_heads = config.attention.kv_heads * config.attention.head_size;
-        let reader = Reader { gpu, file };
-        let stacked = |parts: &[(String, usize)], cols| {
-            let mut first = 0;
-            let places: Vec<(String, usize, Place)> = parts
-                .iter()
-                .map(|(name, rows)| {
-                    first += rows;
-                    (name.clone(), *rows, Place::From(first - rows))
-                })
-                .collect();
-            reader.matrix(&places, cols)
+        let tensors = Tensors::find(checkpoint, config)?;
+        let elements = |tensor: &TensorHandle| (tensor.rows * tensor.cols) as u64;
+        let reader = Reader {
+            gpu,
+            checkpoint,
+            done: Cell::new(0),
+            total: tensors.all().map(elements).sum(),
+            progress,
         };
-        let one = |name: String, rows, cols| stacked(&[(name, rows)], cols);
-        let embedding = one(names.embedding.to_owned(), vocab, hidden)?;
-        progress(0.1);
-        let mut layers = Vec::with_capacity(config.layers);
-        for layer in 0..config.layers {
-            let of = |name: &str| format!("blk.{layer}.{name}");
-            layers.push(Layer {
-                attention_norm: reader.vector(&of(names.attention_norm), hidden)?,
-                qkv: stacked(
-                    &[
-                        (of(names.query), heads),
-                        (of(names.key), kv_heads),
-                        (of(names.value), kv_heads),
-                    ],
-                    hidden,
-                )?,
-                output: one(of(names.attention_output), hidden, heads)?,
-                ffn_norm: reader.vector(&of(names.ffn_norm), hidden)?,
-                gate_up: reader.matrix(
-                    &[
-                        (of(names.gate), inner, Place::Gate),
-                        (of(names.up), inner, Place::Up),
-                    ],
-                    hidden,
-                )?,
-                down: one(of(names.down), hidden, inner)?,
-            });
-            progress(0.1 + 0.85 * (layer + 1) as f32 / config.layers as f32);
-        }
-        let output = match file.has_tensor(names.output) {
-            true => Some(one(names.output.to_owned(), vocab, hidden)?),
-            false => None,
+        let rope_factors = match &tensors.rope_factors {
+            Some(tensor) => Some(reader.values(tensor)?),
+            None => config
+                .rope_scaling
+                .factors(config.rope_base, config.rotated),
         };
-        let rope_factors = match file.has_tensor(names.rope_factors) {
-            true => {
-                let handle = file.tensor(names.rope_factors, &[config.rotated / 2])?;
-                Some(file.rows(&handle, 0..1)?)
-            }
-            false => None,
-        };
-        progress(1.0);
         Ok(Self {
-            embedding,
-            layers,
-            output_norm: reader.vector(names.output_norm, hidden)?,
-            output,
+            embedding: reader.matrix(&[&tensors.embedding])?,
+            layers: tensors
+                .layers
+                .iter()
+                .map(|layer| reader.layer(layer))
+                .collect::<Result<_, _>>()?,
+            output_norm: reader.vector(&tensors.output_norm)?,
+            output: match &tensors.output {
+                Some(tensor) => Some(reader.matrix(&[tensor])?),
+                None => None,
+            },
             rope_factors,
         })
     }
@@ -176,35 +142,52 @@ enum Place {
 
 struct Reader<'a> {
     gpu: &'a Arc<Gpu>,
-    file: &'a GgufFile,
+    checkpoint: &'a Checkpoint,
+    /// Elements read, of `total`.
+    done: Cell<u64>,
+    total: u64,
+    progress: &'a dyn Fn(f32),
 }
 
 impl Reader<'_> {
-    fn matrix(
-        &self,
-        tensors: &[(String, usize, Place)],
-        cols: usize,
-    ) -> Result<cuda::Weights, LoadError> {
-        let rows = tensors.iter().map(|t| t.1).sum();
+    fn layer(&self, tensors: &LayerTensors) -> Result<Layer, LoadError> {
+        let [query, key, value] = &tensors.qkv;
+        let gate_up = [(&tensors.gate, Place::Gate), (&tensors.up, Place::Up)];
+        Ok(Layer {
+            attention_norm: self.vector(&tensors.attention_norm)?,
+            qkv: self.matrix(&[query, key, value])?,
+            output: self.matrix(&[&tensors.attention_output])?,
+            ffn_norm: self.vector(&tensors.ffn_norm)?,
+            gate_up: self.placed(&gate_up)?,
+            down: self.matrix(&[&tensors.down])?,
+        })
+    }
+
+    /// Tensors of the same number of columns as one matrix, their rows one after the other.
+    fn matrix(&self, tensors: &[&TensorHandle]) -> Result<cuda::Weights, LoadError> {
+        let mut first = 0;
+        let placed: Vec<(&TensorHandle, Place)> = tensors
+            .iter()
+            .map(|tensor| {
+                first += tensor.rows;
+                (*tensor, Place::From(first - tensor.rows))
+            })
+            .collect();
+        self.placed(&placed)
+    }
+
+    fn placed(&self, tensors: &[(&TensorHandle, Place)]) -> Result<cuda::Weights, LoadError> {
+        let rows = tensors.iter().map(|(tensor, _)| tensor.rows).sum();
+        let cols = tensors.first().map_or(0, |(tensor, _)| tensor.cols);
         let mut values = vec![f16::ZERO; rows * cols];
-        for (name, rows, place) in tensors {
-            let handle = self.file.tensor(name, &[*rows, cols])?;
-            let read = |range: Range<usize>| -> Result<Vec<f16>, LoadError> {
-                let floats = self.file.rows(&handle, range)?;
-                let mut halves = vec![f16::ZERO; floats.len()];
-                halves.convert_from_f32_slice(&floats);
-                match halves.iter().position(|v| !v.is_finite()) {
-                    None => Ok(halves),
-                    Some(at) => Err(LoadError::Overflow {
-                        name: name.clone(),
-                        value: floats[at],
-                    }),
-                }
-            };
-            let chunks: Vec<usize> = (0..*rows).step_by(ROWS_PER_TASK).collect();
+        for (tensor, place) in tensors {
+            let chunks: Vec<usize> = (0..tensor.rows).step_by(ROWS_PER_TASK).collect();
             let parts = chunks
                 .par_iter()
-                .map(|&first| Ok((first, read(first..(first + ROWS_PER_TASK).min(*rows))?)))
+                .map(|&first| {
+                    let rows = first..(first + ROWS_PER_TASK).min(tensor.rows);
+                    Ok((first, self.halves(tensor, rows)?))
+                })
                 .collect::<Result<Vec<_>, LoadError>>()?;
             for (first, part) in parts {
                 for (row, part) in (first..).zip(part.chunks_exact(cols)) {
@@ -216,15 +199,43 @@ impl Reader<'_> {
                     values[at * cols..(at + 1) * cols].copy_from_slice(part);
                 }
             }
+            self.finished(tensor);
         }
         let matrix = cuda::Weights::zeroed(self.gpu, rows, cols)?;
         matrix.values().write(&values)?;
         Ok(matrix)
     }
 
-    fn vector(&self, name: &str, len: usize) -> Result<Buffer<f32>, LoadError> {
-        let handle = self.file.tensor(name, &[len])?;
-        let values = self.file.rows(&handle, 0..1)?;
-        Ok(Buffer::from_slice(self.gpu, "weights", &values)?)
+    fn halves(&self, tensor: &TensorHandle, rows: Range<usize>) -> Result<Vec<f16>, LoadError> {
+        let floats = self.checkpoint.rows(tensor, rows)?;
+        let mut halves = vec![f16::ZERO; floats.len()];
+        halves.convert_from_f32_slice(&floats);
+        match halves.iter().position(|v| !v.is_finite()) {
+            None => Ok(halves),
+            Some(at) => Err(LoadError::Overflow {
+                name: tensor.name.clone(),
+                value: floats[at],
+            }),
+        }
+    }
+
+    fn values(&self, tensor: &TensorHandle) -> Result<Vec<f32>, LoadError> {
+        let values = self.checkpoint.rows(tensor, 0..1)?;
+        self.finished(tensor);
+        Ok(values)
+    }
+
+    fn vector(&self, tensor: &TensorHandle) -> Result<Buffer<f32>, LoadError> {
+        Ok(Buffer::from_slice(
+            self.gpu,
+            "weights",
+            &self.values(tensor)?,
+        )?)
+    }
+
+    fn finished(&self, tensor: &TensorHandle) {
+        let elements = (tensor.rows * tensor.cols) as u64;
+        self.done.set(self.done.get() + elements);
+        (self.progress)(self.done.get() as f32 / self.total.max(1) as f32);
     }
 }
