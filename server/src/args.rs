@@ -7,6 +7,7 @@ use std::path::PathBuf;
 use clap::{Parser, ValueEnum};
 use stoker_engine::Profile;
 use stoker_hub::ModelSource;
+use stoker_model::Dtype;
 use thiserror::Error;
 
 use crate::objectives::{Objectives, ObjectivesError};
@@ -67,6 +68,11 @@ pub struct Args {
     /// What runs the model. What was asked for or a clear failure: never a silent fall back
     #[arg(long, env = "STOKER_DEVICE", value_enum, default_value = "cpu")]
     pub device: Device,
+
+    /// What weights are kept as. int8 and int4 (a scale for every 128 weights, made from the file's
+    /// weights) are for --device cuda; matrices whose columns aren't multiples of 128 stay f16
+    #[arg(long, env = "STOKER_DTYPE", value_enum, default_value = "auto")]
+    pub dtype: WeightType,
 
     /// Device that --device simulated imitates
     #[arg(
@@ -187,6 +193,27 @@ pub enum Device {
     Cuda,
     /// No model: made-up tokens at the pace of a GPU
     Simulated,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum WeightType {
+    /// f16
+    Auto,
+    #[value(alias = "half")]
+    Float16,
+    Int8,
+    Int4,
+}
+
+impl From<WeightType> for Dtype {
+    fn from(dtype: WeightType) -> Self {
+        match dtype {
+            WeightType::Auto => Self::Auto,
+            WeightType::Float16 => Self::Float16,
+            WeightType::Int8 => Self::Int8,
+            WeightType::Int4 => Self::Int4,
+        }
+    }
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]

@@ -184,6 +184,7 @@ fn load<E: Executor + 'static>(
     let local = download::obtain(args, app)?;
     let defaults = LoadOptions::default();
     let options = LoadOptions {
+        dtype: args.dtype.into(),
         max_model_len: args.max_model_len,
         kv_memory: match args.kv_cache_memory_bytes {
             Some(bytes) => KvMemory::Bytes(bytes),

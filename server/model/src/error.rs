@@ -78,9 +78,9 @@ pub enum LoadError {
     #[error("--device cuda: {0}")]
     Cuda(#[from] CudaError),
     #[error(
-        "--device cuda: the model has {found}, which isn't supported on a GPU; use --device cpu"
+        "--device cuda: the model attends within a window of {window} tokens, which isn't supported on a GPU beyond it; lower --max-model-len from {max_model_len} to {window}, or use --device cpu"
     )]
-    Device { found: &'static str },
+    Window { window: usize, max_model_len: u32 },
     #[error("the option --{name} is {value}, but must be {expected}")]
     Option {
         name: &'static str,

@@ -23,5 +23,5 @@ pub use chat::{ChatError, ChatMessage, ChatTemplate};
 pub use cpu::CpuExecutor;
 pub use cuda::CudaExecutor;
 pub use error::LoadError;
-pub use load::{KvMemory, LoadOptions, LoadPhase, LoadedModel, ModelInfo, Progress};
+pub use load::{Dtype, KvMemory, LoadOptions, LoadPhase, LoadedModel, ModelInfo, Progress};
 pub use tokenizer::{DecodeStream, EncodeOptions, Tokenizer, TokenizerError};

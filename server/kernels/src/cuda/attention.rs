@@ -63,7 +63,7 @@ pub struct Attention<'a> {
 
 #[repr(C)]
 #[derive(Clone, Copy)]
-struct QkvParameters {
+pub(crate) struct QkvParameters {
     f16: u64,
     partials: u64,
     parts: i32,
@@ -138,6 +138,7 @@ impl CacheShape {
             heads,
             kv_heads,
             head_size,
+            ..
         } = attention;
         if !HEAD_SIZES.contains(&head_size) {
             return Err(CudaError::HeadSize { found: head_size });
@@ -186,17 +187,14 @@ impl CacheShape {
     }
 }
 
-impl Attention<'_> {
-    fn qkv(&self) -> Result<QkvParameters, CudaError> {
-        let width = self.shape.attention.qkv_width();
+impl Qkv<'_> {
+    /// Checked for so many rows of `width`, and not to be rotated.
+    pub(crate) fn parameters(&self, rows: usize, width: usize) -> Result<QkvParameters, CudaError> {
         let (mut f16, mut partials, mut count) = (0, 0, 0);
-        match self.qkv {
-            Qkv::F16(values) => {
-                f16 = values.at_least("queries, keys and values", self.rows * width)?
-            }
-            Qkv::Sums { values, parts } => {
-                partials =
-                    values.at_least("queries, keys and values", parts * self.rows * width)?;
+        match *self {
+            Self::F16(values) => f16 = values.at_least("queries, keys and values", rows * width)?,
+            Self::Sums { values, parts } => {
+                partials = values.at_least("queries, keys and values", parts * rows * width)?;
                 count = parts as i32;
             }
         }
@@ -204,10 +202,21 @@ impl Attention<'_> {
             f16,
             partials,
             parts: count,
-            part_stride: (self.rows * width) as u64,
+            part_stride: (rows * width) as u64,
             width: width as i32,
+            rope: 0,
+            rotated: 0,
+        })
+    }
+}
+
+impl Attention<'_> {
+    fn qkv(&self) -> Result<QkvParameters, CudaError> {
+        let width = self.shape.attention.qkv_width();
+        Ok(QkvParameters {
             rope: self.rope.pointer(),
             rotated: self.rotated as i32,
+            ..self.qkv.parameters(self.rows, width)?
         })
     }
 

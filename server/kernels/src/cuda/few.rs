@@ -16,7 +16,7 @@ use crate::error::check;
 pub const FEW_ROWS: usize = 32;
 
 /// Blocks of 8 warps that a multiprocessor holds, by their registers.
-const BLOCKS_PER_PROCESSOR: u32 = 3;
+pub(super) const BLOCKS_PER_PROCESSOR: u32 = 3;
 
 /// How a product is cut: warps that split k, and tiles of 16 outputs a block of threads.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -96,7 +96,7 @@ struct Parameters {
     epsilon: f32,
 }
 
-const OPERATIONS: [&str; 4] = ["qkv", "residual", "gate_up", "head"];
+pub(super) const OPERATIONS: [&str; 4] = ["qkv", "residual", "gate_up", "head"];
 
 pub(crate) fn kernels() -> Vec<(String, u32)> {
     OPERATIONS
@@ -131,13 +131,13 @@ impl FewTile {
         Self { warps, tiles }
     }
 
-    fn outputs(self) -> usize {
+    pub(super) fn outputs(self) -> usize {
         16 * self.tiles as usize
     }
 }
 
 /// Groups of 8 rows, as kernels are compiled for.
-fn groups(rows: usize) -> u32 {
+pub(super) fn groups(rows: usize) -> u32 {
     match rows {
         0..=8 => 1,
         9..=16 => 2,

@@ -18,6 +18,14 @@ pub(crate) struct Image {
     code: &'static [u8],
 }
 
+impl Image {
+    fn unpacked(&self) -> std::io::Result<Vec<u8>> {
+        let mut code = Vec::new();
+        flate2::read::ZlibDecoder::new(self.code).read_to_end(&mut code)?;
+        Ok(code)
+    }
+}
+
 include!(concat!(env!("OUT_DIR"), "/images.rs"));
 
 /// Whether the build had no compiler for kernels.
@@ -56,14 +64,21 @@ pub(crate) fn code(file: &'static str, gpu: &Gpu) -> Result<Option<Vec<u8>>, Cud
     let Some(image) = chosen else {
         return Ok(None);
     };
-    let mut code = Vec::new();
-    flate2::read::ZlibDecoder::new(image.code)
-        .read_to_end(&mut code)
-        .map_err(|e| CudaError::Image {
-            file,
-            message: e.to_string(),
-        })?;
+    let mut code = image.unpacked().map_err(|e| CudaError::Image {
+        file,
+        message: e.to_string(),
+    })?;
     // PTX is a string to the driver.
     code.push(0);
     Ok(Some(code))
+}
+
+/// All machine code for one compute capability.
+#[cfg(test)]
+pub(crate) fn machine_code(capability: u32) -> Vec<Vec<u8>> {
+    IMAGES
+        .iter()
+        .filter(|image| image.target == Target::Machine(capability))
+        .map(|image| image.unpacked().unwrap())
+        .collect()
 }

@@ -9,7 +9,7 @@ use super::{
     attention,
     driver::Gpu,
     error::{Context, CudaError},
-    few, image, many,
+    few, image, many, quantised,
     stream::Stream,
 };
 
@@ -69,6 +69,10 @@ impl Kernels {
         kernels.file("decode", attention::decode_kernels())?;
         kernels.file("prefill", attention::prefill_kernels())?;
         kernels.file("tiled", many::tiled_kernels(gpu.capability()))?;
+        kernels.file("heads", plain(&["finish_heads"]))?;
+        kernels.file("quantise", quantised::quantise_kernels())?;
+        kernels.file("skinny_q", quantised::few_kernels())?;
+        kernels.file("tiled_q", quantised::tiled_kernels(gpu.capability()))?;
         kernels.wide = kernels.file("wide", many::wide_kernels())?;
         Ok(kernels)
     }

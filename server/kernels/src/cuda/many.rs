@@ -15,7 +15,7 @@ use super::{
 use crate::error::check;
 
 /// Values along k that are loaded at once.
-const STEP: usize = 64;
+pub(super) const STEP: usize = 64;
 /// Parts that a product's sums are made in, at most.
 const MOST_PARTS: usize = 8;
 
@@ -126,7 +126,7 @@ pub(crate) fn tiled_kernels(capability: u32) -> Vec<(String, u32)> {
 }
 
 impl ManyOut<'_> {
-    fn operation(&self) -> &'static str {
+    pub(super) fn operation(&self) -> &'static str {
         match self {
             Self::F16(_) => "f16",
             Self::GateUp(_) => "gate_up",
@@ -137,7 +137,7 @@ impl ManyOut<'_> {
 
 impl ManyShape {
     /// Parts of k, none of them empty.
-    fn split(k: usize, wanted: usize) -> (usize, usize) {
+    pub(super) fn split(k: usize, wanted: usize) -> (usize, usize) {
         let all = k.div_ceil(STEP);
         let steps = all.div_ceil(wanted.clamp(1, all));
         (all.div_ceil(steps), steps)
@@ -218,7 +218,8 @@ impl Kernels {
         best
     }
 
-    /// `x * w^T` for any number of rows, and what follows it.
+    /// `x * w^T` for any number of rows, and what follows it. The weights were written before the
+    /// kernel that this one follows: they are read before that one has ended.
     pub fn many(
         &self,
         stream: &Stream,
@@ -227,6 +228,33 @@ impl Kernels {
         w: &Weights,
         out: ManyOut,
         shape: ManyShape,
+    ) -> Result<(), CudaError> {
+        self.many_from(stream, rows, x, w, out, shape, true)
+    }
+
+    /// [`Kernels::many`] right after the kernel that wrote the weights.
+    pub fn many_of_new_weights(
+        &self,
+        stream: &Stream,
+        rows: usize,
+        x: Slice<f16>,
+        w: &Weights,
+        out: ManyOut,
+        shape: ManyShape,
+    ) -> Result<(), CudaError> {
+        self.many_from(stream, rows, x, w, out, shape, false)
+    }
+
+    #[allow(clippy::too_many_arguments)]
+    fn many_from(
+        &self,
+        stream: &Stream,
+        rows: usize,
+        x: Slice<f16>,
+        w: &Weights,
+        out: ManyOut,
+        shape: ManyShape,
+        early: bool,
     ) -> Result<(), CudaError> {
         let (m, k, n) = (w.rows(), w.cols(), rows);
         let x = x.at_least("input of a product", n * k)?;
@@ -271,7 +299,7 @@ impl Kernels {
                 ],
                 threads: if side == 64 { 128 } else { 256 },
                 shared: tiled_shared(side, self.gpu().capability()),
-                early: true,
+                early,
             };
             // SAFETY: the sizes of all that the kernel reads and writes were checked above; it
             // checks rows and outputs against n and m itself.
@@ -317,7 +345,7 @@ impl Kernels {
             grid: [tiles.min(self.gpu().processors() as usize) as u32, 1, 1],
             threads: 384,
             shared: wide_shared(shape.columns, stages(table, shape.columns)),
-            early: true,
+            early,
         };
         // SAFETY: as above; the maps end where the matrices do.
         unsafe { self.launch(stream, kernel, launch, &p) }

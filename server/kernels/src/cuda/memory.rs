@@ -132,6 +132,11 @@ impl<'a, T: Plain> Slice<'a, T> {
         self.pointer
     }
 
+    /// Where it begins in the GPU's memory, for other libraries.
+    pub fn address(self) -> u64 {
+        self.pointer
+    }
+
     pub fn len(self) -> usize {
         self.len
     }

@@ -62,11 +62,10 @@ impl CudaExecutor {
         progress: &dyn Fn(LoadPhase, f32),
     ) -> Result<(Self, ModelInfo), LoadError> {
         let config = checkpoint.config(tokenizer)?;
-        check_supported(&config)?;
         let sizes = sizes(&config, options)?;
         let gpu = Gpu::open(GpuOptions::default())?;
         let kernels = Arc::new(Kernels::load(&gpu)?);
-        let weights = Weights::load(&gpu, checkpoint, &config, &|share| {
+        let weights = Weights::load(&kernels, checkpoint, &config, options.dtype, &|share| {
             progress(LoadPhase::Weights, share * 0.95);
         })?;
         progress(LoadPhase::KvCache, 0.95);
@@ -274,26 +273,21 @@ impl CudaExecutor {
     }
 }
 
-/// Refuses what the kernels can't do.
-fn check_supported(config: &ModelConfig) -> Result<(), LoadError> {
-    let options = config.architecture.options;
-    let found = [
-        (options.qkv_bias, "biases of queries, keys and values"),
-        (options.head_norms, "norms of single heads"),
-        (config.attention.window.is_some(), "a sliding window"),
-    ];
-    match found.into_iter().find(|(found, _)| *found) {
-        Some((_, found)) => Err(LoadError::Device { found }),
-        None => Ok(()),
-    }
-}
-
 fn sizes(config: &ModelConfig, options: &LoadOptions) -> Result<Sizes, LoadError> {
     let max_model_len = options.max_model_len.unwrap_or(config.context_length);
     if max_model_len == 0 || max_model_len > config.context_length {
         return Err(LoadError::MaxModelLen {
             asked: max_model_len,
             context: config.context_length,
+        });
+    }
+    // Attention sees whole contexts; within a window that is the same.
+    if let Some(window) = config.attention.window
+        && max_model_len as usize > window
+    {
+        return Err(LoadError::Window {
+            window,
+            max_model_len,
         });
     }
     for (name, value) in [

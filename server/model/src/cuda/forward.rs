@@ -6,12 +6,15 @@ use half::f16;
 use stoker_kernels::{
     BLOCK_SIZE, Rope,
     cuda::{
-        Attention, Buffer, CacheShape, CudaError, FEW_ROWS, FewIn, FewOut, FewTile, Gpu, Kernels,
-        ManyOut, NormRows, Qkv, Slice, Squares, Stream,
+        Attention, Buffer, CacheShape, CudaError, FEW_ROWS, FewIn, FewOut, FewTile, Gpu, Heads,
+        Kernels, ManyOut, NormRows, Qkv, Slice, Squares, Stream,
     },
 };
 
-use super::{Layout, Sizes, Weights};
+use super::{
+    Layer, Layout, Matrix, Sizes, Weights,
+    product::{self, Becomes, Cut, Scratch},
+};
 use crate::config::ModelConfig;
 
 /// Blocks of threads that decoding's attention should have for each processor, by splitting
@@ -27,6 +30,8 @@ const MOST_PARTS: usize = 32;
 pub struct Tuning {
     /// Most decoding rows that the weights are streamed for; more go through tiles.
     pub few_rows: usize,
+    /// The same of quantised weights.
+    pub few_rows_quantised: usize,
     /// Least tokens of a part of a context.
     pub part_tokens: usize,
     /// Cuts of the four products of a layer and the head, for trying them out.
@@ -38,6 +43,7 @@ impl Tuning {
     pub fn best(gpu: &Gpu) -> Self {
         Self {
             few_rows: if gpu.capability() >= 90 { 8 } else { FEW_ROWS },
+            few_rows_quantised: FEW_ROWS,
             part_tokens: 256,
             tiles: [None; 5],
         }
@@ -68,6 +74,7 @@ pub struct Forward {
     workspace: Buffer<f32>,
     tickets: Buffer<u32>,
     logits: Buffer<f32>,
+    scratch: Scratch,
 }
 
 impl Forward {
@@ -112,7 +119,11 @@ impl Forward {
             queries: Buffer::zeroed(&gpu, of, rows * shape.out_width())?,
             attention: Buffer::zeroed(&gpu, of, rows * shape.out_width())?,
             inner: Buffer::zeroed(&gpu, of, rows * config.inner)?,
-            sums: Buffer::zeroed(&gpu, of, most_sums(&kernels, &config, rows))?,
+            sums: Buffer::zeroed(
+                &gpu,
+                of,
+                product::most_sums(&kernels, &config, &weights, rows, HALVES_ROWS),
+            )?,
             squares: [
                 Buffer::zeroed(&gpu, of, squares)?,
                 Buffer::zeroed(&gpu, of, squares)?,
@@ -120,6 +131,7 @@ impl Forward {
             workspace: Buffer::zeroed(&gpu, of, workspace)?,
             tickets: Buffer::zeroed(&gpu, of, decodes * shape.kv_heads)?,
             logits: Buffer::zeroed(&gpu, of, sizes.max_sequences * config.vocab)?,
+            scratch: Scratch::new(&gpu, &kernels, &weights, rows)?,
             kernels,
             config,
             weights,
@@ -162,17 +174,8 @@ impl Forward {
         let samples = layout.step_samples(step)?;
         let few = layout.decodes == layout.rows
             && layout.samples == layout.rows
-            && layout.rows <= self.tuning.few_rows.min(FEW_ROWS);
-        self.kernels.embed(
-            stream,
-            layout.step_rows(step)?,
-            self.previous.all(),
-            &self.weights.embedding,
-            self.residual.all(),
-            self.weights.layers[0].attention_norm.all(),
-            self.normed.all(),
-            self.config.norm_epsilon,
-        )?;
+            && layout.rows <= self.few_rows();
+        self.embed(stream, layout, step)?;
         match few {
             true => self.few(stream, layout, step)?,
             false => self.many(stream, layout, step)?,
@@ -185,6 +188,56 @@ impl Forward {
             self.previous.all(),
             out,
         )
+    }
+
+    /// Most rows that the weights are streamed for.
+    fn few_rows(&self) -> usize {
+        let most = match self.weights.is_quantised() {
+            true => self.tuning.few_rows_quantised,
+            false => self.tuning.few_rows,
+        };
+        most.min(FEW_ROWS)
+    }
+
+    fn embed(&self, stream: &Stream, layout: &Layout, step: Slice<u8>) -> Result<(), CudaError> {
+        let rows = layout.step_rows(step)?;
+        let (previous, residual) = (self.previous.all(), self.residual.all());
+        let norm = self.weights.layers[0].attention_norm.all();
+        let normed = self.normed.all();
+        let (k, epsilon) = (&self.kernels, self.config.norm_epsilon);
+        match &self.weights.embedding {
+            Matrix::F16(table) => k.embed(
+                stream, rows, previous, table, residual, norm, normed, epsilon,
+            ),
+            Matrix::Quantised(table) => k.embed_quantised(
+                stream, rows, previous, table, residual, norm, normed, epsilon,
+            ),
+        }
+    }
+
+    /// What an architecture does to queries, keys and values before rope; where they are then.
+    fn finish_heads<'a>(
+        &'a self,
+        stream: &Stream,
+        rows: usize,
+        layer: &Layer,
+        qkv: Qkv<'a>,
+    ) -> Result<Qkv<'a>, CudaError> {
+        if layer.qkv_bias.is_none() && layer.head_norms.is_none() {
+            return Ok(qkv);
+        }
+        let heads = Heads {
+            bias: layer.qkv_bias.as_ref().map(Buffer::all),
+            norms: layer
+                .head_norms
+                .as_ref()
+                .map(|[query, key]| [query.all(), key.all()]),
+            epsilon: self.config.norm_epsilon,
+        };
+        let out = self.qkv.all();
+        self.kernels
+            .finish_heads(stream, rows, self.config.attention, qkv, heads, out)?;
+        Ok(Qkv::F16(out))
     }
 
     /// Weights of the norm that follows layer `layer`.
@@ -219,41 +272,31 @@ impl Forward {
             epsilon,
         };
         for (i, layer) in self.weights.layers.iter().enumerate() {
-            let k = &self.kernels;
-            k.few(
-                stream,
-                rows,
-                input,
-                &layer.qkv,
-                FewOut::F16(self.qkv.all()),
-                qkv,
-            )?;
-            self.decode(stream, layout, step, i, Qkv::F16(self.qkv.all()))?;
+            let product = |input, w, out, tile| {
+                product::few(&self.kernels, stream, rows, input, w, out, tile)
+            };
+            product(input, &layer.qkv, FewOut::F16(self.qkv.all()), qkv)?;
+            let heads = self.finish_heads(stream, rows, layer, Qkv::F16(self.qkv.all()))?;
+            self.decode(stream, layout, step, i, heads)?;
             let residual = |next_norm, place: usize| FewOut::Residual {
                 residual: self.residual.all(),
                 next_norm,
                 next: self.normed.all(),
                 squares: self.squares[place].all(),
             };
-            let parts = k.few(
-                stream,
-                rows,
+            let parts = product(
                 plain(self.attention.all()),
                 &layer.output,
                 residual(layer.ffn_norm.all(), 0),
                 output,
             )?;
-            k.few(
-                stream,
-                rows,
+            product(
                 normed(0, parts),
                 &layer.gate_up,
                 FewOut::GateUp(self.inner.all()),
                 gate_up,
             )?;
-            let parts = k.few(
-                stream,
-                rows,
+            let parts = product(
                 plain(self.inner.all()),
                 &layer.down,
                 residual(self.norm_after(i), 1),
@@ -262,8 +305,8 @@ impl Forward {
             input = normed(1, parts);
         }
         let logits = FewOut::F32(self.logits.all());
-        self.kernels
-            .few(stream, rows, input, self.weights.head(), logits, head)?;
+        let w = self.weights.head();
+        product::few(&self.kernels, stream, rows, input, w, logits, head)?;
         Ok(())
     }
 
@@ -272,10 +315,9 @@ impl Forward {
         let k = &self.kernels;
         let rows = layout.rows;
         let epsilon = self.config.norm_epsilon;
-        let sums_of = |x, w: &stoker_kernels::cuda::Weights| -> Result<usize, CudaError> {
-            let shape = k.many_shape(w.rows(), w.cols(), rows, true, false);
-            k.many(stream, rows, x, w, ManyOut::Sums(self.sums.all()), shape)?;
-            Ok(shape.parts)
+        let sums_of = |x, w: &Matrix| {
+            let out = ManyOut::Sums(self.sums.all());
+            self.product(stream, rows, x, w, out, Becomes::Parts)
         };
         let norm = |parts, weights, samples| {
             k.norm(
@@ -295,9 +337,9 @@ impl Forward {
         let last = self.weights.layers.len() - 1;
         for (i, layer) in self.weights.layers.iter().enumerate() {
             let qkv = if rows > HALVES_ROWS {
-                let shape = k.many_shape(layer.qkv.rows(), layer.qkv.cols(), rows, false, true);
                 let out = ManyOut::F16(self.qkv.all());
-                k.many(stream, rows, self.normed.all(), &layer.qkv, out, shape)?;
+                let x = self.normed.all();
+                self.product(stream, rows, x, &layer.qkv, out, Becomes::F16)?;
                 Qkv::F16(self.qkv.all())
             } else {
                 Qkv::Sums {
@@ -305,13 +347,13 @@ impl Forward {
                     values: self.sums.all(),
                 }
             };
+            let qkv = self.finish_heads(stream, rows, layer, qkv)?;
             self.chunks(stream, layout, step, i, qkv)?;
             let parts = sums_of(self.attention.all(), &layer.output)?;
             norm(parts, layer.ffn_norm.all(), None)?;
-            let w = &layer.gate_up;
-            let shape = k.many_shape(w.rows(), w.cols(), rows, false, false);
             let out = ManyOut::GateUp(self.inner.all());
-            k.many(stream, rows, self.normed.all(), w, out, shape)?;
+            let x = self.normed.all();
+            self.product(stream, rows, x, &layer.gate_up, out, Becomes::GateUp)?;
             let parts = sums_of(self.inner.all(), &layer.down)?;
             let samples = match i == last {
                 true => Some(layout.step_samples(step)?),
@@ -320,6 +362,23 @@ impl Forward {
             norm(parts, self.norm_after(i), samples)?;
         }
         self.head(stream, layout.samples)
+    }
+
+    /// A product of many rows; gives the parts that its sums are in.
+    fn product(
+        &self,
+        stream: &Stream,
+        rows: usize,
+        x: Slice<f16>,
+        w: &Matrix,
+        out: ManyOut,
+        becomes: Becomes,
+    ) -> Result<usize, CudaError> {
+        let size = (w.rows(), w.cols(), w.is_quantised());
+        let cut = Cut::of(&self.kernels, size, rows, becomes);
+        let scratch = &self.scratch;
+        product::many(&self.kernels, stream, scratch, (rows, x), w, out, cut)?;
+        Ok(cut.parts())
     }
 
     /// Attention of all sequences: decoding ones first, then prompt chunks.
@@ -386,24 +445,25 @@ impl Forward {
 
     /// Logits of the samples' rows, which are normed one after the other.
     fn head(&self, stream: &Stream, samples: usize) -> Result<(), CudaError> {
-        let k = &self.kernels;
         let w = self.weights.head();
+        let x = self.normed.all();
         if samples == 0 {
             return Ok(());
         }
-        if samples <= self.tuning.few_rows.min(FEW_ROWS) {
+        if samples <= self.few_rows() {
             let input = FewIn {
-                x: self.normed.all(),
+                x,
                 squares: None,
                 epsilon: self.config.norm_epsilon,
             };
             let out = FewOut::F32(self.logits.all());
-            k.few(stream, samples, input, w, out, self.tuning.tiles[4])?;
+            let tile = self.tuning.tiles[4];
+            product::few(&self.kernels, stream, samples, input, w, out, tile)?;
             return Ok(());
         }
-        let shape = k.many_shape(w.rows(), w.cols(), samples, false, false);
         let out = ManyOut::Sums(self.logits.all());
-        k.many(stream, samples, self.normed.all(), w, out, shape)
+        self.product(stream, samples, x, w, out, Becomes::Sums)?;
+        Ok(())
     }
 }
 
@@ -415,23 +475,6 @@ fn decode_parts(kernels: &Kernels, config: &ModelConfig, sequences: usize) -> us
     let blocks = config.attention.kv_heads * sequences.max(1);
     let wanted = ATTENTION_BLOCKS * kernels.gpu().processors() as usize;
     (wanted / blocks).clamp(LEAST_PARTS, MOST_PARTS)
-}
-
-/// Sums that a layer's products leave in a step of up to `rows` rows, at most.
-fn most_sums(kernels: &Kernels, config: &ModelConfig, rows: usize) -> usize {
-    let shape = config.attention;
-    let products = [
-        (shape.qkv_width(), config.hidden, HALVES_ROWS),
-        (config.hidden, shape.out_width(), rows),
-        (config.hidden, config.inner, rows),
-    ];
-    let of = |(m, k, most): (usize, usize, usize)| {
-        (1..=most.min(rows))
-            .map(|n| kernels.many_shape(m, k, n, true, false).parts * n * m)
-            .max()
-            .unwrap_or(0)
-    };
-    products.into_iter().map(of).max().unwrap_or(0)
 }
 
 /// Blocks that a sequence of so many tokens takes.

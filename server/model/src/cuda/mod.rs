@@ -2,7 +2,9 @@
 
 mod executor;
 mod forward;
+mod load;
 mod memory;
+mod product;
 mod sizes;
 mod step;
 mod weights;
@@ -11,4 +13,4 @@ pub use executor::CudaExecutor;
 pub use forward::{Forward, Tuning};
 pub use sizes::Sizes;
 pub use step::{Layout, Packed};
-pub use weights::{Layer, Weights};
+pub use weights::{Layer, Matrix, Weights};
