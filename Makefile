@@ -32,11 +32,13 @@ bench-router: ## measure the router beside nginx
 kernels: ## fetch the compiler of the CUDA kernels; builds have them from then on
 	server/kernels/fetch-nvrtc.sh
 
-bench-cuda: kernels ## make the bench that is run on a machine with a GPU
-	cargo build --release -p stoker-model --example bench-cuda
+bench-cuda: kernels ## make the folder of benches that is run on a machine with a GPU
+	cargo build --release --workspace --bins --example bench-cuda
 	mkdir -p target/bench-cuda
-	strip -o target/bench-cuda/bench-cuda target/release/examples/bench-cuda
-	@echo "run target/bench-cuda/bench-cuda on a machine with an NVIDIA GPU"
+	for program in stoker-server stoker-bench examples/bench-cuda; do \
+	  strip -o target/bench-cuda/$${program##*/} target/release/$$program; done
+	cp tests/bench-cuda.sh target/bench-cuda/
+	@echo "copy target/bench-cuda to a machine with an NVIDIA GPU and run bench-cuda.sh there"
 
 images: prerequisites ## build the images and load them into the cluster
 	cargo build --release --workspace --bins

@@ -208,7 +208,7 @@ __device__ __forceinline__ void skinny(const SkinnyQ& p) {
     }
 #define SKINNY_TILES(OP, NAME)       \
     SKINNY(OP, NAME, 8, 4, 1, 1, 2)  \
-    SKINNY(OP, NAME, 8, 8, 1, 1, 3)  \
+    SKINNY(OP, NAME, 8, 8, 1, 1, 2)  \
     SKINNY(OP, NAME, 8, 4, 2, 1, 2)  \
     SKINNY(OP, NAME, 8, 8, 2, 1, 2)  \
     SKINNY(OP, NAME, 8, 8, 1, 2, 2)  \

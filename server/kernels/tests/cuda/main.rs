@@ -5,6 +5,7 @@
 
 mod attention;
 mod products;
+mod quantised;
 mod rows;
 mod sampling;
 mod support;

@@ -3,12 +3,12 @@ use stoker_kernels::cuda::{FewIn, FewOut, FewTile, Kernels, ManyOut, ManyShape, 
 use crate::support::{Device, Errors, Random, device, floats};
 
 /// Rows of sums of f16 products are near this size; errors are counted against it.
-fn size(k: usize) -> f32 {
+pub fn size(k: usize) -> f32 {
     (k as f32).sqrt() / 3.0
 }
 
 /// `x * w^T` in f64, `[rows, m]`.
-fn product(x: &[f32], w: &[f32], rows: usize, m: usize, k: usize) -> Vec<f32> {
+pub fn product(x: &[f32], w: &[f32], rows: usize, m: usize, k: usize) -> Vec<f32> {
     let mut out = Vec::with_capacity(rows * m);
     for n in 0..rows {
         let x = &x[n * k..(n + 1) * k];
@@ -30,7 +30,7 @@ fn silu(x: f32) -> f32 {
 }
 
 /// silu(gate) x up of the interleaved outputs of a product.
-fn gated(sums: &[f32], m: usize, scale: f32) -> Vec<f32> {
+pub fn gated(sums: &[f32], m: usize, scale: f32) -> Vec<f32> {
     sums.chunks_exact(m)
         .flat_map(|row| {
             (0..m / 2).map(move |i| {

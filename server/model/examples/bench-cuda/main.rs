@@ -2,8 +2,8 @@
 //! f16, int8 and int4, mixed steps and prompts, each against what the card can do. Prints tables, and
 //! JSON with `--json FILE`.
 //!
-//! `bench-cuda [decode] [quantised] [mixed] [prefill] [products] [tune]`; without a name all but the
-//! last two. `bench-cuda checkpoint DIR` writes such a model as a Hugging Face folder, for benches of
+//! `bench-cuda [decode] [quantised] [mixed] [prefill] [products] [tune] [tune-quantised]`; without a
+//! name all but the last three. `bench-cuda checkpoint DIR` writes such a model as a Hugging Face folder, for benches of
 //! the server.
 //!
 //! The roofline of decoding is the time to read all weights and the keys and values of the context
@@ -186,7 +186,7 @@ fn main() -> Result<(), Error> {
         _ => None,
     };
     let wants = |what: &str| match arguments.is_empty() {
-        true => !matches!(what, "products" | "tune"),
+        true => !matches!(what, "products" | "tune" | "tune-quantised"),
         false => arguments.iter().any(|a| a == what),
     };
     let begun = Instant::now();
@@ -228,7 +228,7 @@ fn main() -> Result<(), Error> {
         tune::tune(&bench)?;
     }
     if wants("quantised") {
-        let (runs, ratios) = decode::quantised(&bench, wants("tune"))?;
+        let (runs, ratios) = decode::quantised(&bench, wants("tune-quantised"))?;
         match report["decode"].as_array_mut() {
             Some(decode) => decode.extend(runs),
             None => report["decode"] = runs.into(),
