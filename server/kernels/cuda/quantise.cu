@@ -8,6 +8,11 @@ struct Quantise {
     int m, k;
 };
 
+// The one of larger magnitude; of equal ones the positive one, whatever their order.
+__device__ __forceinline__ float larger(float a, float b) {
+    return fabsf(b) > fabsf(a) || (fabsf(b) == fabsf(a) && b > a) ? b : a;
+}
+
 // A warp takes a group; a lane four values of it. The scale is the group's largest magnitude by 127;
 // with 4 bits its largest value by -8, so that the side with the larger values gets the ninth step.
 template <int BITS> __device__ __forceinline__ void quantise(const Quantise& p) {
@@ -21,14 +26,9 @@ template <int BITS> __device__ __forceinline__ void quantise(const Quantise& p) 
     const float v[4] = {first.x, first.y, second.x, second.y};
     float most = 0.0f;
 #pragma unroll
-    for (int i = 0; i < 4; i++)
-        if (fabsf(v[i]) > fabsf(most)) most = v[i];
+    for (int i = 0; i < 4; i++) most = larger(most, v[i]);
 #pragma unroll
-    for (int i = 16; i > 0; i /= 2) {
-        float other = __shfl_xor_sync(FULL_WARP, most, i);
-        // Of equal magnitudes the positive one, whichever lane has it.
-        if (fabsf(other) > fabsf(most) || (fabsf(other) == fabsf(most) && other > most)) most = other;
-    }
+    for (int i = 16; i > 0; i /= 2) most = larger(most, __shfl_xor_sync(FULL_WARP, most, i));
     const half scale = __float2half_rn(BITS == 8 ? fabsf(most) / 127.0f : most / -8.0f);
     const float by = __half2float(scale);
     int q[4];

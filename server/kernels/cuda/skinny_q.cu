@@ -78,9 +78,24 @@ __device__ __forceinline__ void skinny(const SkinnyQ& p) {
         }
     };
 
+    // x for a turn, each piece asked for again as soon as it's used; of more rows or outputs there is no room
+    // to do so ahead.
+    constexpr bool AHEAD = NT * MT == 1;
+    uint4 b[AHEAD ? 4 : 1][NT];
+    auto load_x = [&](int j, int turn) {
+        // After a tile's last turn comes the first of the next: the same x again.
+        const int group = min(warp + (turn < turns ? turn : 0) * WARPS, groups - 1);
+#pragma unroll
+        for (int n = 0; n < NT; n++) b[AHEAD ? j : 0][n] = *(const uint4*)(x[n] + group * GROUP + 32 * j);
+    };
+
 #pragma unroll
     for (int s = 0; s < STAGES; s++) load(s);
     wait_for_previous();
+    if (AHEAD) {
+#pragma unroll
+        for (int j = 0; j < 4; j++) load_x(j, 0);
+    }
     if (OP != RESIDUAL) {
         for (int n = warp; n < COLUMNS; n += WARPS) {
             float scale = 1.0f;
@@ -116,9 +131,8 @@ __device__ __forceinline__ void skinny(const SkinnyQ& p) {
                     float d[MT][NT][4] = {};
 #pragma unroll
                     for (int j = 0; j < 4; j++) {
-                        uint4 b[NT];
-#pragma unroll
-                        for (int n = 0; n < NT; n++) b[n] = *(const uint4*)(x[n] + group * GROUP + 32 * j);
+                        if (!AHEAD) load_x(j, turn + s);
+                        const uint4(&bj)[NT] = b[AHEAD ? j : 0];
 #pragma unroll
                         for (int i = 0; i < MT; i++) {
                             u32 low[4], high[4];
@@ -131,10 +145,11 @@ __device__ __forceinline__ void skinny(const SkinnyQ& p) {
                             piece(1, high);
 #pragma unroll
                             for (int n = 0; n < NT; n++) {
-                                mma(d[i][n], low[0], high[0], low[1], high[1], b[n].x, b[n].y);
-                                mma(d[i][n], low[2], high[2], low[3], high[3], b[n].z, b[n].w);
+                                mma(d[i][n], low[0], high[0], low[1], high[1], bj[n].x, bj[n].y);
+                                mma(d[i][n], low[2], high[2], low[3], high[3], bj[n].z, bj[n].w);
                             }
                         }
+                        if (AHEAD) load_x(j, turn + s + 1);
                     }
 #pragma unroll
                     for (int i = 0; i < MT; i++)
@@ -143,6 +158,9 @@ __device__ __forceinline__ void skinny(const SkinnyQ& p) {
 #pragma unroll
                             for (int e = 0; e < 4; e++)
                                 c[i][n][e] += __half2float(a_scale[s][i][e / 2]) * d[i][n][e];
+                } else if (AHEAD) {
+#pragma unroll
+                    for (int j = 0; j < 4; j++) load_x(j, turn + s + 1);
                 }
                 load(s);
             }
@@ -202,7 +220,7 @@ __device__ __forceinline__ void skinny(const SkinnyQ& p) {
 }
 
 #define SKINNY(OP, NAME, BITS, W, MT, NT, ST)                                        \
-    KERNEL __launch_bounds__(32 * W) skinny##BITS##_##NAME##_w##W##_m##MT##_n##NT(   \
+    KERNEL __launch_bounds__(32 * W, (NT * MT <= 2 ? 16 : 8) / W) skinny##BITS##_##NAME##_w##W##_m##MT##_n##NT(   \
         const __grid_constant__ SkinnyQ p) {                                         \
         skinny<OP, BITS, W, MT, NT, ST>(p);                                          \
     }

@@ -16,7 +16,7 @@ use crate::error::check;
 pub const FEW_ROWS: usize = 32;
 
 /// Blocks of 8 warps that a multiprocessor holds, by their registers.
-pub(super) const BLOCKS_PER_PROCESSOR: u32 = 3;
+const BLOCKS_PER_PROCESSOR: u32 = 3;
 
 /// How a product is cut: warps that split k, and tiles of 16 outputs a block of threads.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -131,7 +131,7 @@ impl FewTile {
         Self { warps, tiles }
     }
 
-    pub(super) fn outputs(self) -> usize {
+    fn outputs(self) -> usize {
         16 * self.tiles as usize
     }
 }

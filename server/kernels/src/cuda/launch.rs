@@ -125,6 +125,23 @@ impl Kernels {
             })
     }
 
+    /// Blocks of so many threads, without dynamic shared memory, that a multiprocessor holds.
+    pub(crate) fn resident(&self, kernel: Kernel, threads: u32) -> Result<u32, CudaError> {
+        let mut blocks = 0;
+        // SAFETY: writes one integer; the function lives as long as `self`.
+        unsafe {
+            sys::cuOccupancyMaxActiveBlocksPerMultiprocessor(
+                &mut blocks,
+                kernel.function,
+                threads as i32,
+                0,
+            )
+        }
+        .result()
+        .context("asking for a kernel's occupancy")?;
+        Ok(blocks as u32)
+    }
+
     /// What the compiler made of each kernel.
     pub fn resources(&self) -> Result<Vec<Resources>, CudaError> {
         use sys::CUfunction_attribute_enum as A;

@@ -9,7 +9,7 @@ use half::f16;
 use super::{
     driver::Gpu,
     error::CudaError,
-    few::{self, FEW_ROWS, FewIn, FewOut, FewTile},
+    few::{self, FEW_ROWS, FewIn, FewOut},
     launch::{Kernels, Shape},
     many::{self, ManyOut},
     memory::{Buffer, Slice},
@@ -42,6 +42,18 @@ pub struct Quantised {
     scales: Buffer<f16>,
     rows: usize,
     cols: usize,
+}
+
+/// How a product of few rows is cut.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct QuantisedTile {
+    /// Warps that split k.
+    pub warps: u32,
+    /// Tiles of 16 outputs of a block of threads.
+    pub tiles: u32,
+    /// Warps that a multiprocessor is given at most: what is left lets the next kernel begin, and
+    /// fetch its weights.
+    pub most_warps: u32,
 }
 
 /// Cuts of products of few rows that are compiled: (warps, tiles of 16 outputs, groups of 8 rows).
@@ -200,11 +212,17 @@ impl Quantised {
     }
 
     /// All cuts that [`Kernels::few_quantised`] can be asked for with so many rows.
-    pub fn few_tiles(rows: usize) -> Vec<FewTile> {
+    pub fn few_tiles(rows: usize) -> Vec<QuantisedTile> {
         let groups = few::groups(rows);
         CUTS.iter()
             .filter(|cut| cut.2 == groups)
-            .map(|&(warps, tiles, _)| FewTile { warps, tiles })
+            .flat_map(|&(warps, tiles, _)| {
+                [8, 16, 24].map(|most_warps| QuantisedTile {
+                    warps,
+                    tiles,
+                    most_warps,
+                })
+            })
             .collect()
     }
 
@@ -234,8 +252,14 @@ pub struct TiledShape {
     pub parts: usize,
 }
 
-/// The cut of products of few rows that is fastest on the whole, as measured (docs/kernels.md).
-const BEST: FewTile = FewTile { warps: 8, tiles: 1 };
+impl QuantisedTile {
+    /// What is fastest on the whole, as measured (docs/kernels.md).
+    const BEST: Self = Self {
+        warps: 8,
+        tiles: 1,
+        most_warps: 24,
+    };
+}
 
 impl Kernels {
     /// The matrix in 8 or 4 bits: the value nearest to each, by the scale of its group.
@@ -345,14 +369,14 @@ impl Kernels {
         input: FewIn,
         w: &Quantised,
         out: FewOut,
-        tile: Option<FewTile>,
+        tile: Option<QuantisedTile>,
     ) -> Result<usize, CudaError> {
         if rows > FEW_ROWS {
             check("rows of a product of few", rows, FEW_ROWS)?;
         }
         let (m, k) = (w.rows, w.cols);
-        let tile = tile.unwrap_or(BEST);
-        let parts = m.div_ceil(tile.outputs());
+        let tile = tile.unwrap_or(QuantisedTile::BEST);
+        let parts = m.div_ceil(16 * tile.tiles as usize);
         let mut p = FewParameters {
             w: w.values.all().pointer(),
             scales: w.scales.all().pointer(),
@@ -403,14 +427,16 @@ impl Kernels {
             few::groups(rows),
         );
         let kernel = self.kernel(&name)?;
+        let threads = 32 * tile.warps;
+        let resident = self.resident(kernel, threads)?;
+        let blocks = (tile.most_warps / tile.warps).clamp(1, resident.max(1));
         let shape = Shape {
             grid: [
-                (parts as u32)
-                    .min(few::BLOCKS_PER_PROCESSOR * 8 / tile.warps * self.gpu().processors()),
+                (parts as u32).min(blocks * self.gpu().processors()),
                 u32::from(rows > 0),
                 1,
             ],
-            threads: 32 * tile.warps,
+            threads,
             shared: 0,
             early: true,
         };

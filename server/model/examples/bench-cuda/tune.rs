@@ -129,7 +129,7 @@ pub fn tune(bench: &Bench) -> Result<(), Error> {
 
 /// The same with quantised weights.
 pub fn quantised(bench: &Bench) -> Result<(), Error> {
-    for batch in [1, 8] {
+    for batch in [1, 8, 16, 32] {
         let base = Tuning::best(bench.kernels.gpu());
         let measure = |tuning| -> Result<f64, Error> {
             let executor = bench.executor(batch, 512, 1024, Some(tuning))?;
@@ -144,29 +144,16 @@ pub fn quantised(bench: &Bench) -> Result<(), Error> {
             print!("  {name}:");
             for tile in cuda::Quantised::few_tiles(batch) {
                 let mut tuning = base;
-                tuning.tiles[which] = Some(tile);
+                tuning.quantised_tiles[which] = Some(tile);
                 print!(
-                    " {}x{} {:.3}",
+                    " {}x{}/{} {:.3}",
                     tile.warps,
                     tile.tiles,
+                    tile.most_warps,
                     measure(tuning)? * 1e3
                 );
             }
             println!();
-        }
-    }
-    for batch in [16, 32] {
-        for few_rows_quantised in [0, 32] {
-            let tuning = Tuning {
-                few_rows_quantised,
-                ..Tuning::best(bench.kernels.gpu())
-            };
-            let executor = bench.executor(batch, 512, 1024, Some(tuning))?;
-            println!(
-                "{} batch {batch}, streamed up to {few_rows_quantised}: {:.3} ms",
-                bench.dtype(),
-                bench.decode(executor, batch, CONTEXT)?.1 * 1e3
-            );
         }
     }
     Ok(())

@@ -7,13 +7,13 @@ use stoker_kernels::{
     BLOCK_SIZE, Rope,
     cuda::{
         Attention, Buffer, CacheShape, CudaError, FEW_ROWS, FewIn, FewOut, FewTile, Gpu, Heads,
-        Kernels, ManyOut, NormRows, Qkv, Slice, Squares, Stream,
+        Kernels, ManyOut, NormRows, Qkv, QuantisedTile, Slice, Squares, Stream,
     },
 };
 
 use super::{
     Layer, Layout, Matrix, Sizes, Weights,
-    product::{self, Becomes, Cut, Scratch},
+    product::{self, Becomes, Cut, Scratch, Tile},
 };
 use crate::config::ModelConfig;
 
@@ -36,6 +36,8 @@ pub struct Tuning {
     pub part_tokens: usize,
     /// Cuts of the four products of a layer and the head, for trying them out.
     pub tiles: [Option<FewTile>; 5],
+    /// The same with quantised weights.
+    pub quantised_tiles: [Option<QuantisedTile>; 5],
 }
 
 impl Tuning {
@@ -46,6 +48,7 @@ impl Tuning {
             few_rows_quantised: FEW_ROWS,
             part_tokens: 256,
             tiles: [None; 5],
+            quantised_tiles: [None; 5],
         }
     }
 }
@@ -199,6 +202,14 @@ impl Forward {
         most.min(FEW_ROWS)
     }
 
+    /// The cut of a product of few rows, if it's not the best known.
+    fn tile(&self, product: usize) -> Tile {
+        (
+            self.tuning.tiles[product],
+            self.tuning.quantised_tiles[product],
+        )
+    }
+
     fn embed(&self, stream: &Stream, layout: &Layout, step: Slice<u8>) -> Result<(), CudaError> {
         let rows = layout.step_rows(step)?;
         let (previous, residual) = (self.previous.all(), self.residual.all());
@@ -251,7 +262,7 @@ impl Forward {
     /// A step of few decoding sequences.
     fn few(&self, stream: &Stream, layout: &Layout, step: Slice<u8>) -> Result<(), CudaError> {
         let rows = layout.rows;
-        let [qkv, output, gate_up, down, head] = self.tuning.tiles;
+        let [qkv, output, gate_up, down, head] = [0, 1, 2, 3, 4].map(|i| self.tile(i));
         let epsilon = self.config.norm_epsilon;
         let mut input = FewIn {
             x: self.normed.all(),
@@ -457,7 +468,7 @@ impl Forward {
                 epsilon: self.config.norm_epsilon,
             };
             let out = FewOut::F32(self.logits.all());
-            let tile = self.tuning.tiles[4];
+            let tile = self.tile(4);
             product::few(&self.kernels, stream, samples, input, w, out, tile)?;
             return Ok(());
         }

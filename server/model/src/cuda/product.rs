@@ -2,8 +2,8 @@
 
 use half::f16;
 use stoker_kernels::cuda::{
-    self, CudaError, FewIn, FewOut, FewTile, Gpu, Kernels, ManyOut, ManyShape, Slice, Stream,
-    TiledShape,
+    self, CudaError, FewIn, FewOut, FewTile, Gpu, Kernels, ManyOut, ManyShape, QuantisedTile,
+    Slice, Stream, TiledShape,
 };
 
 use super::{Matrix, Weights};
@@ -97,6 +97,9 @@ impl Scratch {
     }
 }
 
+/// The cut of a product of few rows by the weights' type; `None`: the best known.
+pub(super) type Tile = (Option<FewTile>, Option<QuantisedTile>);
+
 /// `x * w^T` of few rows, and what follows; see [`Kernels::few`].
 pub(super) fn few(
     kernels: &Kernels,
@@ -105,11 +108,11 @@ pub(super) fn few(
     input: FewIn,
     w: &Matrix,
     out: FewOut,
-    tile: Option<FewTile>,
+    tile: Tile,
 ) -> Result<usize, CudaError> {
     match w {
-        Matrix::F16(w) => kernels.few(stream, rows, input, w, out, tile),
-        Matrix::Quantised(w) => kernels.few_quantised(stream, rows, input, w, out, tile),
+        Matrix::F16(w) => kernels.few(stream, rows, input, w, out, tile.0),
+        Matrix::Quantised(w) => kernels.few_quantised(stream, rows, input, w, out, tile.1),
     }
 }
 
