@@ -104,11 +104,20 @@ impl Kernels {
             if shared > self.gpu.shared_memory() {
                 continue;
             }
-            if shared > 48 << 10 {
-                use sys::CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES as MOST;
-                // SAFETY: the function was just found.
-                unsafe { result::function::set_function_attribute(function, MOST, shared as i32) }
-                    .context("giving a kernel shared memory")?;
+            if shared > 0 {
+                use sys::CUfunction_attribute_enum as A;
+                // As many blocks of a multiprocessor as fit; and more than 48 KB for one.
+                for (attribute, value) in [
+                    (A::CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT, 100),
+                    (
+                        A::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES,
+                        shared as i32,
+                    ),
+                ] {
+                    // SAFETY: the function was just found.
+                    unsafe { result::function::set_function_attribute(function, attribute, value) }
+                        .context("giving a kernel shared memory")?;
+                }
             }
             self.functions.insert(name, Kernel { function });
         }
@@ -123,23 +132,6 @@ impl Kernels {
                 what: "finding a kernel",
                 error: format!("{name} isn't in this build for {}", self.gpu.name()),
             })
-    }
-
-    /// Blocks of so many threads, without dynamic shared memory, that a multiprocessor holds.
-    pub(crate) fn resident(&self, kernel: Kernel, threads: u32) -> Result<u32, CudaError> {
-        let mut blocks = 0;
-        // SAFETY: writes one integer; the function lives as long as `self`.
-        unsafe {
-            sys::cuOccupancyMaxActiveBlocksPerMultiprocessor(
-                &mut blocks,
-                kernel.function,
-                threads as i32,
-                0,
-            )
-        }
-        .result()
-        .context("asking for a kernel's occupancy")?;
-        Ok(blocks as u32)
     }
 
     /// What the compiler made of each kernel.

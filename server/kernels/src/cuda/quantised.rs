@@ -178,9 +178,9 @@ impl Bits {
 }
 
 impl Quantised {
-    /// Whether a matrix is made of whole groups, and its scales of whole vectors.
+    /// Whether a matrix is made of whole groups, of whole sixteens of rows.
     pub fn fits(rows: usize, cols: usize) -> bool {
-        cols.is_multiple_of(GROUP) && rows.is_multiple_of(8)
+        cols.is_multiple_of(GROUP) && rows.is_multiple_of(16)
     }
 
     fn zeroed(gpu: &Arc<Gpu>, bits: Bits, rows: usize, cols: usize) -> Result<Self, CudaError> {
@@ -218,12 +218,13 @@ impl Quantised {
     /// The cut that is fastest on the whole, as measured (docs/kernels.md).
     fn best_tile(&self, out: &FewOut, rows: usize) -> FewTile {
         let wide = match (self.bits, out) {
-            (_, FewOut::GateUp(_)) | (Bits::Four, FewOut::F16(_)) => few::groups(rows) == 1,
+            (Bits::Eight, FewOut::Residual { .. }) => true,
+            (Bits::Four, FewOut::F16(_) | FewOut::GateUp(_) | FewOut::F32(_)) => true,
             _ => false,
         };
         FewTile {
             warps: 8,
-            tiles: if wide { 2 } else { 1 },
+            tiles: if wide && few::groups(rows) == 1 { 2 } else { 1 },
         }
     }
 
@@ -420,8 +421,12 @@ impl Kernels {
         );
         let kernel = self.kernel(&name)?;
         let threads = 32 * tile.warps;
-        let resident = self.resident(kernel, threads)?;
-        let blocks = resident.max(1);
+        // Blocks of a multiprocessor, as measured: 4 bits do better with fewer, that let the next
+        // kernel begin.
+        let blocks = match (w.bits, few::groups(rows)) {
+            (Bits::Eight, 1) => 3,
+            _ => 2,
+        };
         let shape = Shape {
             grid: [
                 (parts as u32).min(blocks * self.gpu().processors()),
@@ -498,7 +503,7 @@ impl Kernels {
                 n.div_ceil(tile) as u32,
                 parts as u32,
             ],
-            threads: 256,
+            threads: 128,
             shared: tiled_shared(tile, bits, self.gpu().capability()),
             early: true,
         };

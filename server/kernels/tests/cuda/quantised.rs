@@ -63,24 +63,25 @@ fn quantise(w: &[f32], rows: usize, cols: usize, bits: Bits) -> Expected {
 }
 
 /// The numbers of a packed matrix, as quantised.cuh lays them out.
-fn unpack(packed: &[u8], bits: Bits) -> Vec<u8> {
+fn unpack(packed: &[u8], rows: usize, cols: usize, bits: Bits) -> Vec<u8> {
     let bytes = match bits {
         Bits::Eight => GROUP,
         Bits::Four => GROUP / 2,
     };
+    let groups = cols / GROUP;
     let mut q = Vec::new();
-    for group in packed.chunks_exact(bytes) {
-        for value in 0..GROUP {
-            let (piece, at) = (value / 8, value % 8);
-            let (t, j) = (piece % 4, piece / 4);
-            q.push(match bits {
-                Bits::Eight => group[j / 2 * 64 + t * 16 + j % 2 * 8 + at],
-                Bits::Four => {
-                    let nibble = at / 2 + at % 2 * 4;
-                    group[t * 16 + j * 4 + nibble / 2] >> (nibble % 2 * 4) & 15
-                }
-            });
-        }
+    for (row, col) in (0..rows).flat_map(|row| (0..cols).map(move |col| (row, col))) {
+        let first = ((row / 16 * groups + col / GROUP) * 16 + row % 16) * bytes;
+        let group = &packed[first..first + bytes];
+        let (piece, at) = (col % GROUP / 8, col % 8);
+        let (t, j) = (piece % 4, piece / 4);
+        q.push(match bits {
+            Bits::Eight => group[j / 2 * 64 + t * 16 + j % 2 * 8 + at],
+            Bits::Four => {
+                let nibble = at / 2 + at % 2 * 4;
+                group[t * 16 + j * 4 + nibble / 2] >> (nibble % 2 * 4) & 15
+            }
+        });
     }
     q
 }
@@ -110,13 +111,13 @@ fn weights_become_numbers_and_scales_and_f16_again() {
     };
     let mut errors = Errors::default();
     let mut random = Random(21);
-    for (rows, cols) in [(16, 128), (208, 384), (40, 3072)] {
+    for (rows, cols) in [(16, 128), (208, 384), (48, 3072)] {
         let w = weights(&mut random, rows, cols);
         for bits in BOTH {
             let expected = quantise(&floats(&w), rows, cols, bits);
             let found = quantised(&d, rows, cols, &w, bits);
             assert_eq!(found.scales().read().unwrap(), expected.scales, "{bits:?}");
-            let q = unpack(&found.values().read().unwrap(), bits);
+            let q = unpack(&found.values().read().unwrap(), rows, cols, bits);
             // A quotient that lies between two numbers may fall to either side.
             let other = q.iter().zip(&expected.q).filter(|(a, b)| a != b).count();
             assert!(
@@ -157,7 +158,7 @@ fn quantised_products_of_few_rows() {
     let mut random = Random(22);
     for (m, k) in [
         (208, 640),
-        (1000, 1536),
+        (1008, 1536),
         (1056, 128),
         (16, 256),
         (304, 3072),
@@ -380,7 +381,7 @@ fn rows_of_a_quantised_embedding() {
     };
     let mut errors = Errors::default();
     let mut random = Random(25);
-    let (vocab, width) = (300, 384);
+    let (vocab, width) = (304, 384);
     let w = weights(&mut random, vocab, width);
     let norm = random.values(width);
     for bits in BOTH {
