@@ -11,6 +11,7 @@ use super::{
     error::{Context, CudaError},
     few, image, many, quantised,
     stream::Stream,
+    thin,
 };
 
 /// All kernels, loaded into a GPU.
@@ -62,18 +63,22 @@ impl Kernels {
             wide: false,
         };
         let plain = |names: &[&str]| names.iter().map(|&n| (n.to_owned(), 0)).collect::<Vec<_>>();
-        kernels.file("rows", plain(&["embed", "norm_rows", "rope_rows"]))?;
+        kernels.file(
+            "rows",
+            plain(&["embed", "norm_rows", "rope_rows", "sum_parts"]),
+        )?;
         kernels.file("sample", plain(&["choose"]))?;
         kernels.file("random", plain(&["fill"]))?;
         kernels.file("skinny", few::kernels())?;
         kernels.file("decode", attention::decode_kernels())?;
-        kernels.file("prefill", attention::prefill_kernels())?;
+        kernels.file("prefill", attention::prefill_kernels(gpu.capability()))?;
         kernels.file("tiled", many::tiled_kernels(gpu.capability()))?;
         kernels.file("heads", plain(&["finish_heads"]))?;
         kernels.file("quantise", quantised::quantise_kernels())?;
         kernels.file("skinny_q", quantised::few_kernels())?;
         kernels.file("tiled_q", quantised::tiled_kernels(gpu.capability()))?;
         kernels.wide = kernels.file("wide", many::wide_kernels())?;
+        kernels.file("thin", thin::kernels())?;
         Ok(kernels)
     }
 

@@ -3,7 +3,7 @@
 use half::f16;
 use stoker_kernels::{
     AttentionShape, Norm, add_bias,
-    cuda::{Bits, FewIn, FewOut, GROUP, Heads, Kernels, ManyOut, Qkv, Quantised, Squares, StepRow},
+    cuda::{Bits, FewIn, FewOut, GROUP, Heads, Kernels, ManyOut, Quantised, Squares, StepRow},
     norm_heads,
 };
 
@@ -450,19 +450,11 @@ fn heads_get_their_bias_and_norms() {
             window: None,
         };
         let width = shape.qkv_width();
-        for (rows, parts, biased, normed) in
-            [(1, 0, true, false), (5, 0, false, true), (9, 3, true, true)]
-        {
+        for (rows, biased, normed) in [(1, true, false), (5, false, true), (9, true, true)] {
             let bias = random.values(width);
             let norms = [(); 2].map(|()| random.values(head_size));
             let halves = random.halves(rows * width);
-            let sums: Vec<f32> = random.values(parts * rows * width);
-            let mut expected: Vec<f32> = match parts {
-                0 => floats(&halves),
-                _ => (0..rows * width)
-                    .map(|i| (0..parts).map(|part| sums[part * rows * width + i]).sum())
-                    .collect(),
-            };
+            let mut expected = floats(&halves);
             if biased {
                 add_bias(&mut expected, width, &bias).unwrap();
             }
@@ -473,27 +465,19 @@ fn heads_get_their_bias_and_norms() {
                 });
                 norm_heads(&mut expected, width, shape, &query, &key).unwrap();
             }
-            let out = d.buffer(&halves);
-            let sums = d.buffer(&sums);
+            let qkv = d.buffer(&halves);
             let bias = d.buffer(&bias);
             let norms = norms.map(|norm| d.buffer(&norm));
-            let qkv = match parts {
-                0 => Qkv::F16(out.all()),
-                _ => Qkv::Sums {
-                    values: sums.all(),
-                    parts,
-                },
-            };
             let heads = Heads {
                 bias: biased.then_some(bias.all()),
                 norms: normed.then_some([norms[0].all(), norms[1].all()]),
                 epsilon: 1e-6,
             };
             d.kernels
-                .finish_heads(&d.stream, rows, shape, qkv, heads, out.all())
+                .finish_heads(&d.stream, rows, shape, qkv.all(), heads)
                 .unwrap();
-            let found = floats(&out.all().read().unwrap());
-            let what = format!("{head_size}, {rows} rows, {parts} parts");
+            let found = floats(&qkv.all().read().unwrap());
+            let what = format!("{head_size}, {rows} rows");
             errors.compare(&what, &found, &expected, 1.0, 1e-3);
         }
     }
