@@ -49,14 +49,19 @@ template <int SIZE, int MT> __device__ __forceinline__ void prefill(const Prefil
         return ((size_t)(sequence.first_row + tile.first + token) * p.kv.heads + kv_head * group + head) * SIZE;
     };
     int position[LANE_ROWS];
-    // A lane's part of the queries, as it needs them: [row][chunk].
-    uint4* queries = (uint4*)(staged + 2 * STEP * BLOCK_VALUES) + warp * LANE_ROWS * CHUNKS * 32 + lane;
+    // A lane's part of the queries, as operands of mma: [16 rows][chunk][half of its dimensions].
+    uint4* queries = (uint4*)(staged + 2 * STEP * BLOCK_VALUES) + warp * MT * CHUNKS * 2 * 32 + lane;
 #pragma unroll
-    for (int r = 0; r < LANE_ROWS; r++) {
-        position[r] = sequence.start + tile.first + min(token_of(r), tokens - 1);
-        const half* from = p.queries + at(r) + 8 * t;
+    for (int r = 0; r < LANE_ROWS; r++) position[r] = sequence.start + tile.first + min(token_of(r), tokens - 1);
 #pragma unroll
-        for (int c = 0; c < CHUNKS; c++) queries[(r * CHUNKS + c) * 32] = *(const uint4*)(from + 32 * c);
+    for (int m = 0; m < MT; m++) {
+        const half *low = p.queries + at(2 * m) + 8 * t, *high = p.queries + at(2 * m + 1) + 8 * t;
+#pragma unroll
+        for (int c = 0; c < CHUNKS; c++) {
+            const uint4 a = *(const uint4*)(low + 32 * c), b = *(const uint4*)(high + 32 * c);
+            queries[((m * CHUNKS + c) * 2) * 32] = make_uint4(a.x, b.x, a.y, b.y);
+            queries[((m * CHUNKS + c) * 2 + 1) * 32] = make_uint4(a.z, b.z, a.w, b.w);
+        }
     }
     // Positions of a warp's rows grow with them.
     const int warp_last = sequence.start + tile.first + min((warp * ROWS + ROWS - 1) / group, tokens - 1);
@@ -108,9 +113,11 @@ template <int SIZE, int MT> __device__ __forceinline__ void prefill(const Prefil
             float s[MT][STEP][2][4] = {};
 #pragma unroll
             for (int c = 0; c < CHUNKS; c++) {
-                uint4 q[LANE_ROWS];
+                uint4 q[MT][2];
 #pragma unroll
-                for (int r = 0; r < LANE_ROWS; r++) q[r] = queries[(r * CHUNKS + c) * 32];
+                for (int m = 0; m < MT; m++)
+#pragma unroll
+                    for (int h = 0; h < 2; h++) q[m][h] = queries[((m * CHUNKS + c) * 2 + h) * 32];
 #pragma unroll
                 for (int b = 0; b < STEP; b++)
 #pragma unroll
@@ -118,29 +125,33 @@ template <int SIZE, int MT> __device__ __forceinline__ void prefill(const Prefil
                         uint4 k = blocks_here[b * BLOCK_VALUES / 8 + (j * CHUNKS + c) * 32];
 #pragma unroll
                         for (int m = 0; m < MT; m++) {
-                            const uint4 &low = q[2 * m], &high = q[2 * m + 1];
-                            mma(s[m][b][j], low.x, high.x, low.y, high.y, k.x, k.y);
-                            mma(s[m][b][j], low.z, high.z, low.w, high.w, k.z, k.w);
+                            mma(s[m][b][j], q[m][0].x, q[m][0].y, q[m][0].z, q[m][0].w, k.x, k.y);
+                            mma(s[m][b][j], q[m][1].x, q[m][1].y, q[m][1].z, q[m][1].w, k.z, k.w);
                         }
                     }
             }
             // Only steps that reach past the first row's position need a mask.
-            const bool masked = (step + 1) * STEP * BLOCK > sequence.start + (int)tile.first;
+            if ((step + 1) * STEP * BLOCK > sequence.start + (int)tile.first) {
+#pragma unroll
+                for (int b = 0; b < STEP; b++)
+#pragma unroll
+                    for (int j = 0; j < 2; j++)
+#pragma unroll
+                        for (int e = 0; e < 4 * MT; e++) {
+                            int token = (step * STEP + b) * BLOCK + 4 * t + 2 * j + e % 2;
+                            if (token > position[e / 2]) s[e / 4][b][j][e % 4] = -1e30f;
+                        }
+            }
             float highest[LANE_ROWS];
 #pragma unroll
-            for (int r = 0; r < LANE_ROWS; r++) highest[r] = -1e30f;
+            for (int r = 0; r < LANE_ROWS; r++) {
+                highest[r] = -1e30f;
 #pragma unroll
-            for (int b = 0; b < STEP; b++)
+                for (int b = 0; b < STEP; b++)
 #pragma unroll
-                for (int j = 0; j < 2; j++)
-#pragma unroll
-                    for (int e = 0; e < 4 * MT; e++) {
-                        const int m = e / 4, r = e / 2;
-                        float& score = s[m][b][j][e % 4];
-                        int token = (step * STEP + b) * BLOCK + 4 * t + 2 * j + e % 2;
-                        if (masked && token > position[r]) score = -1e30f;
-                        highest[r] = fmaxf(highest[r], score);
-                    }
+                    for (int e = 0; e < 4; e++)
+                        highest[r] = fmaxf(highest[r], s[r / 2][b][e / 2][r % 2 * 2 + e % 2]);
+            }
             bool higher = false;
 #pragma unroll
             for (int r = 0; r < LANE_ROWS; r++) {
