@@ -97,10 +97,12 @@ fn compiled(elf: &[u8]) -> Vec<Compiled> {
         // The symbol's index is in the low bytes, the registers are in the high one.
         let (symbol, registers) = (info & 0xff_ffff, info >> 24);
         let own = find(format!(".nv.info.{name}")).map_or(vec![], |section| attributes(section.3));
+        // Where a kernel states none, its name does: decode_128_w4 has 4 warps.
+        let warps = name.rsplit("_w").next().and_then(|w| w.parse().ok());
         let threads = own
             .iter()
             .find(|(kind, _)| *kind == MAX_THREADS)
-            .map_or(1024, |(_, words)| words.iter().product());
+            .map_or(32 * warps.unwrap_or(32), |(_, words)| words.iter().product());
         let stack = common
             .iter()
             .find(|(kind, words)| *kind == FRAME_SIZE && words[0] == symbol)
@@ -121,6 +123,7 @@ fn compiled(elf: &[u8]) -> Vec<Compiled> {
 fn dynamic_shared() -> Vec<(String, u32)> {
     let mut all = many::tiled_kernels(75);
     all.extend(quantised::tiled_kernels(75));
+    all.extend(attention::decode_kernels());
     all.extend(attention::prefill_kernels(75));
     all
 }
