@@ -46,10 +46,10 @@ pub struct Memory {
     pub(crate) inherited: bool,
 
     #[serde(skip)]
-    pub(crate) tracks: Tracks,
-    /// Up to when arrivals were watched by this process.
+    pub(crate) without: Without,
+
     #[serde(skip)]
-    pub(crate) watched: Option<f64>,
+    pub(crate) tracks: Tracks,
     /// Own dials of unlike replicas.
     #[serde(skip)]
     pub(crate) own: BTreeMap<String, (Dials, Motion)>,
@@ -59,6 +59,15 @@ pub struct Memory {
     /// Since when the Deployment is asked for something else than was decided.
     #[serde(skip)]
     pub(crate) differs_since: Option<f64>,
+}
+
+/// What the policy is to do without, to see what it is worth.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Without {
+    /// Load is taken to stay as it is.
+    pub forecast: bool,
+    /// What came back before isn't expected again.
+    pub recurrence: bool,
 }
 
 /// The fleet's law and memory as they were last known.
@@ -142,13 +151,24 @@ impl Memory {
     /// The memory of an operator that was restarted without a stored one: it knows from the
     /// object's status what was last asked for, so that it doesn't start from the initial dials.
     pub fn seeded(desired_replicas: u32, dials: Option<Dials>, now: f64) -> Self {
+        let now = if now.is_finite() { now } else { 0.0 };
         Memory {
             dials,
             replicas: Some(desired_replicas),
             inherited: dials.is_some(),
-            decided_at: if now.is_finite() { now } else { 0.0 },
+            decided_at: now,
+            misses: Misses {
+                judged_at: now,
+                shortage_at: now,
+                ..Misses::default()
+            },
             ..Memory::default()
         }
+    }
+
+    /// The same memory of a policy that lacks something.
+    pub fn without(self, without: Without) -> Self {
+        Memory { without, ..self }
     }
 
     /// The same memory, told how many seconds a replica takes to start, until starts were seen.
@@ -196,7 +216,6 @@ impl Memory {
             self.tracks = Tracks::default();
             self.history = History::default();
             self.recurrence = Recurrence::default();
-            self.watched = None;
             self.differs_since = None;
             self.low.forget();
         } else if now - before > GAP {

@@ -42,6 +42,8 @@ pub(crate) struct Capacity {
     pub in_flight: f64,
     /// Requests a second when it never lacks work.
     pub saturated_rate: f64,
+    /// Whether the objectives are kept at that rate; if not, they can't be.
+    pub keeps: bool,
 }
 
 /// A replica under a steady load.
@@ -170,10 +172,10 @@ impl ReplicaModel {
         let least = LEAST_SHARE * saturated.rate;
         let within = (self.operation(keeps, dials.max_num_batched_tokens))
             .filter(|operation| operation.rate > least);
-        let (rate, in_flight) = match within {
+        let (rate, in_flight) = match &within {
             Some(operation) => {
-                let prompt = self.prompt_seconds(&operation, dials.max_num_batched_tokens);
-                let busy = busy(&operation, prompt, f64::from(fleet));
+                let prompt = self.prompt_seconds(operation, dials.max_num_batched_tokens);
+                let busy = busy(operation, prompt, f64::from(fleet));
                 let wait = busy * self.queued(prompt, busy);
                 (operation.rate, keeps + operation.rate * (prompt + wait))
             }
@@ -183,6 +185,7 @@ impl ReplicaModel {
             rate,
             in_flight: in_flight.max(1.0),
             saturated_rate: saturated.rate,
+            keeps: within.is_some(),
         };
         (capacity.rate.is_finite() && capacity.rate > 0.0).then_some(capacity)
     }

@@ -7,12 +7,11 @@ use std::path::PathBuf;
 
 use anyhow::{Result, bail};
 use clap::Parser;
-use stoker_autoscaler::Dials;
 use stoker_simulation::policy::{Peer, Stoker};
 use stoker_simulation::report::{self, Losses, Row};
 use stoker_simulation::tuning::{self, Setting};
 use stoker_simulation::{
-    Backend, Device, Mix, Outcome, Score, Setup, Shape, Starts, Trace, oracle, simulate,
+    Backend, Device, Mix, Outcome, Score, Setup, Shape, Starts, Trace, Unseen, oracle, simulate,
 };
 
 #[derive(Parser)]
@@ -21,7 +20,7 @@ struct Args {
     /// The trace that is one of the cases and gives the mix of the others.
     #[arg(long)]
     trace: PathBuf,
-    /// Cases: recorded, or a shape.
+    /// Cases: recorded, a shape, or code-completion, long-chat, up-and-down.
     #[arg(
         long,
         value_delimiter = ',',
@@ -83,10 +82,12 @@ fn main() -> Result<()> {
         ..Setup::study()
     };
     for case in &args.cases {
-        let trace = match (case.as_str(), Shape::by_name(case)) {
-            ("recorded", _) => recorded.clone(),
-            (_, Some(shape)) => shape.generate(shape.study_peak(), &mix, args.seed),
-            _ => bail!("--cases {case:?}: choose recorded or a shape"),
+        let unseen = Unseen::ALL.into_iter().find(|kind| kind.name() == case);
+        let trace = match (case.as_str(), Shape::by_name(case), unseen) {
+            ("recorded", ..) => recorded.clone(),
+            (_, Some(shape), _) => shape.generate(shape.study_peak(), &mix, args.seed),
+            (_, _, Some(unseen)) => unseen.generate(&mix, args.seed),
+            _ => bail!("--cases {case:?}: choose recorded, a shape or an unseen kind"),
         };
         evaluate(case, &trace, &setup, &args);
     }
@@ -103,34 +104,13 @@ fn evaluate(case: &str, once: &Trace, setup: &Setup, args: &Args) {
     let hours = best.as_ref().map(|best| best.outcome.score.replica_hours);
     let rounds = f64::from(args.repeat.max(1));
 
-    let held = Dials {
-        max_num_seqs: 32,
-        max_num_batched_tokens: args.budget,
-    };
-    let like_study = setup.with_dials(32, 2048);
-    let like_ours = setup.with_dials(32, args.budget);
-    let ours: [(&str, &Setup, Stoker); 4] = [
-        ("both dials", setup, Stoker::new(setup)),
-        (
-            "replicas only",
-            &like_study,
-            Stoker::new(&like_study).with_dials_held(like_study.dials),
-        ),
-        (
-            "+ cap",
-            &like_study,
-            Stoker::new(&like_study).with_budget_held(2048),
-        ),
-        (
-            "dials held",
-            &like_ours,
-            Stoker::new(&like_ours).with_dials_held(held),
-        ),
-    ];
-    let take = if args.only_ours { 1 } else { ours.len() };
+    let mut ours = vec![("the whole", setup.clone(), Stoker::new(setup))];
+    if !args.only_ours {
+        ours = Stoker::ablations(setup);
+        ours.reverse();
+    }
     let runs: Vec<_> = ours
         .into_iter()
-        .take(take)
         .map(|run| std::sync::Mutex::new(Some(run)))
         .collect();
     let mut rows: Vec<Row> = tuning::parallel(&runs, args.threads, |run| {
@@ -138,7 +118,7 @@ fn evaluate(case: &str, once: &Trace, setup: &Setup, args: &Args) {
         Some(Row {
             name: "stoker".into(),
             setting: what.into(),
-            outcome: simulate(setup, &trace, &mut policy),
+            outcome: simulate(&setup, &trace, &mut policy),
         })
     })
     .into_iter()
