@@ -131,6 +131,12 @@ fn fresh_mix(slow: &Window, before: Option<Mix>) -> Mix {
         let variation = lengths.squared_variation().unwrap_or(prior);
         blend(variation * counted, counted, prior)
     };
+    let answers = slow.generation_length.total();
+    let quantiles = Mix::output_quantiles();
+    let outputs = std::array::from_fn(|i| {
+        let measured = slow.generation_length.quantile(quantiles[i]);
+        blend(answers * measured.unwrap_or(0.0), answers, prior.outputs[i])
+    });
     // Samples of a sequence that runs for a while aren't independent.
     let runs = slow.running_samples / 5.0;
     let context = if slow.running_samples > 0.0 {
@@ -147,6 +153,7 @@ fn fresh_mix(slow: &Window, before: Option<Mix>) -> Mix {
         prompt_variation: variation(&slow.prompt_length, prior.prompt_variation),
         output,
         output_variation: variation(&slow.generation_length, prior.output_variation),
+        outputs,
         context,
     }
     .bounded()

@@ -31,6 +31,12 @@ const DERATED_BY: f64 = 1.1;
 const MOST_DERATED: f64 = 4.0;
 /// What is left of that at each comparison that is in order: half after half an hour.
 const DERATING_KEPT: f64 = 0.977;
+/// Turns within an hour that make the next one twice as dear, and how dear it is at most.
+const TURNS_DOUBLE: f64 = 4.0;
+const DEAREST: f64 = 3.0;
+/// Turns within an hour after which only what repeats itself makes another one: it would be the
+/// seventh, and the one back the eighth.
+const MOST_TURNS: usize = 6;
 /// Least seconds between two steps down.
 const BETWEEN_STEPS: f64 = 10.0;
 /// Seconds that load must have been watched to be known to within what chance does to it, and the
@@ -335,7 +341,7 @@ pub(crate) fn plan(
     // Without a replica nobody could tell of demand.
     let floor = bounded(limits.min_replicas.max(1), limits);
     let patience = patience(limits) + census.delay;
-    memory.low.note(now, need.down, patience);
+    memory.low.note(now, need.down, DEAREST * patience);
     // One odd look isn't enough to order anything.
     let before = memory.last_need.replace(need.up);
     let sure = bounded(need.up.min(before.unwrap_or(0)), limits).max(floor);
@@ -349,6 +355,7 @@ pub(crate) fn plan(
         let recent = memory.raised_at.is_some_and(|at| now - at < BETWEEN_RAISES);
         if to > current && !recent {
             memory.raised_at = Some(now);
+            memory.turns.note(now, true);
             return Plan::Raise { from: current, to };
         }
         return Plan::Keep(current);
@@ -369,6 +376,7 @@ pub(crate) fn plan(
         && memory.low.lasted(now, current - 1) >= BETWEEN_STEPS
     {
         memory.lowered_at = Some(now);
+        memory.turns.note(now, false);
         return Plan::Lower {
             from: current,
             to: bounded(enough, limits),
@@ -385,8 +393,10 @@ pub(crate) fn plan(
     };
     let pause = pause.max(BETWEEN_STEPS).min(patience.max(1.0));
     let since = |at: Option<f64>| at.map_or(f64::INFINITY, |at| now - at);
-    let left = (patience - memory.low.lasted(now, current - 1))
+    let unneeded = current - need.down.max(floor);
+    let left = (turning(patience, unneeded, now, memory) - memory.low.lasted(now, current - 1))
         .max(patience - since(memory.raised_at))
+        .max(memory.turns.wait(now, MOST_TURNS))
         .max(pause - since(memory.lowered_at));
     if left > 0.0 {
         return Plan::KeepStabilizing {
@@ -395,14 +405,26 @@ pub(crate) fn plan(
         };
     }
     memory.lowered_at = Some(now);
+    memory.turns.note(now, false);
     // Half of what nobody has needed for that long: the other half is the proof.
-    let unneeded = current.saturating_sub(memory.low.most().max(floor));
+    let unneeded = current.saturating_sub(memory.low.most(now, patience).max(floor));
     Plan::Lower {
         from: current,
         to: bounded(current - unneeded.div_ceil(2).max(1), limits),
         seconds: patience.round() as u32,
         again: false,
     }
+}
+
+/// Seconds that demand must be low before a scale-down that follows a scale-up: the more the fleet
+/// has turned in the last hour, the more replica-seconds must have been idle.
+fn turning(patience: f64, unneeded: u32, now: f64, memory: &Memory) -> f64 {
+    if !memory.turns.was_upwards() {
+        return patience;
+    }
+    let turns = f64::from(memory.turns.count(now));
+    let price = (1.0 + turns / TURNS_DOUBLE).min(DEAREST);
+    patience * (price / f64::from(unneeded.max(1))).max(1.0)
 }
 
 /// Seconds that demand must be low before a scale-down.
