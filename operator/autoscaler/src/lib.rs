@@ -137,6 +137,7 @@ pub fn decide(
     };
 
     let outlook = outlook(&scene, &tuned);
+    memory.pressed = scene.demand.as_ref().is_some_and(|d| tuned.pressed(&scene, d));
     memory.replicas = Some(replicas);
     memory.dials = Some(tuned.dials);
     Decision {

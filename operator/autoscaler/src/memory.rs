@@ -46,6 +46,10 @@ pub struct Memory {
     /// The dials were set by somebody who knew more: they stay until the mix is known again.
     pub(crate) inherited: bool,
 
+    /// The ready replicas got more than they carry when the last call looked.
+    #[serde(skip)]
+    pub(crate) pressed: bool,
+
     #[serde(skip)]
     pub(crate) without: Without,
 
@@ -286,7 +290,7 @@ mod tests {
             low.note(now, if i < 5 { 4 } else { 2 }, 60.0);
         }
         assert_eq!(low.lasted(40.0, 4), 40.0);
-        assert_eq!(low.lasted(40.0, 3), 28.0);
+        assert_eq!(low.lasted(40.0, 3), 30.0);
         assert_eq!(low.lasted(40.0, 1), 0.0);
         low.note(42.0, 3, 60.0);
         assert_eq!(low.lasted(42.0, 2), 0.0);

@@ -295,13 +295,14 @@ impl ReplicaModel {
         let prompt = self.prompt_seconds(operation, budget);
         let busy = busy(operation, prompt, fleet);
         let behind = rate * (prompt + busy * self.queued(prompt, busy));
+        let spared = operation.step / operation.mixed;
         let late = self.mix.answers().map(|(output, share)| {
             let beyond = |prompts: f64| {
                 let (mean, variance) = (prompts * stall, prompts * square);
                 share * gamma_tail(room * output, mean, variance)
             };
             let alone = beyond(behind + rate * goal * output);
-            let among = beyond(behind + n * output / self.mix.output);
+            let among = beyond(spared * behind + n * output / self.mix.output);
             among + (alone - among) / fleet
         });
         late.sum()

@@ -1,5 +1,5 @@
 use super::*;
-use crate::dials::{best, ranges};
+use crate::dials::{Aim, best, ranges};
 use crate::observation::{DialRange, Limits};
 
 fn objectives(itl_of: ItlOf) -> Objectives {
@@ -67,7 +67,12 @@ fn pick((law, kv): (Law, u64), mix: Mix, itl_of: ItlOf) -> (Dials, Capacity) {
         max_num_batched_tokens: 0,
     };
     let model = ReplicaModel::new(law, mix, objectives(itl_of), kv);
-    let choice = best(&model, ranges(&limits, unbound), unbound, 4).unwrap();
+    let aim = Aim {
+        ranges: ranges(&limits, unbound),
+        fleet: 4,
+        pressed: false,
+    };
+    let choice = best(&model, aim, unbound).unwrap();
     assert!(model.keeps(choice.dials));
     (choice.dials, choice.capacity)
 }

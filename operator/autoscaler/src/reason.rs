@@ -126,7 +126,7 @@ impl Facts<'_> {
                     ReasonCode::Steady,
                     format!(
                         "{} {} {}{}{}.",
-                        replicas(n),
+                        ready_of(census.ready(), n),
                         if n == 1 { "carries" } else { "carry" },
                         self.load(demand),
                         self.one_carries(),
@@ -135,6 +135,12 @@ impl Facts<'_> {
                 ),
             },
         };
+        if census.unschedulable > 0 && code != ReasonCode::WaitingForAccelerator {
+            message.push_str(&format!(
+                " {} without a node that has room for it.",
+                replicas(census.unschedulable)
+            ));
+        }
         if census.silent > 0 {
             message.push_str(&format!(
                 " {} of {} ready gave no sound sample within 10 s: as much load is taken to be \
@@ -219,6 +225,15 @@ impl Facts<'_> {
 
 fn reason(code: ReasonCode, message: String) -> Reason {
     Reason { code, message }
+}
+
+/// Those that carry load.
+fn ready_of(ready: u32, asked: u32) -> String {
+    if ready < asked {
+        format!("{ready} ready of {}", replicas(asked))
+    } else {
+        replicas(asked)
+    }
 }
 
 fn replicas(n: u32) -> String {

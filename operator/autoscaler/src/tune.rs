@@ -5,11 +5,11 @@ use std::collections::BTreeMap;
 use crate::Scene;
 use crate::census::Told;
 use crate::demand::Demand;
-use crate::dials::{self, Choice, Motion};
+use crate::dials::{self, Aim, Choice, Motion};
 use crate::laws;
 use crate::memory::{Known, Memory};
 use crate::model::{self, Capacity, ReplicaModel};
-use crate::observation::{DialRange, Dials};
+use crate::observation::Dials;
 
 /// What the laws say.
 pub(crate) struct Tuned {
@@ -39,6 +39,13 @@ impl Tuned {
     pub fn known(&self) -> Option<(&ReplicaModel, Dials, Capacity)> {
         let (model, dials) = self.model.as_ref()?;
         Some((model, *dials, self.capacity?))
+    }
+
+    /// Whether the ready replicas get more than they carry.
+    pub fn pressed(&self, scene: &Scene, demand: &Demand) -> bool {
+        let ready = f64::from(scene.census.ready()) - self.lacking;
+        let carried = self.capacity.map(|one| one.rate * ready);
+        carried.is_some_and(|carried| demand.trend.level > carried)
     }
 
     /// Share of requests that the ready replicas will miss at the load of the moment, where each
@@ -79,7 +86,8 @@ pub(crate) fn tune(scene: &Scene, before: Dials, memory: &mut Memory) -> Tuned {
         let told = scene.census.heard.iter().map(|(_, told)| *told);
         let busiest = told.max_by_key(Told::in_flight);
         let motion = &mut memory.motion;
-        match settled(scene, &model, fleet, before, busiest, true, motion) {
+        let aim = aim(scene, fleet.ceilings, memory.pressed);
+        match settled(scene, &model, aim, before, busiest, true, motion) {
             Some(choice) => {
                 tuned.dials = dials::bounded(choice.dials, scene.limits);
                 tuned.capacity = Some(choice.capacity);
@@ -132,10 +140,11 @@ fn own_dials(
             }
         })
         .collect();
-    let size = scene.census.ready().max(1);
+    let pressed = memory.pressed;
     // Like ones share what was found for one of them. There is one search a call, for the one that
     // has waited longest: the rest go on with what was found for them before.
-    let due = |u: &Unlike, now| !u.motion.is_found(&u.model, ranges(scene, u.told), size, now);
+    let aim = |u: &Unlike| aim(scene, u.told.ceilings, pressed);
+    let due = |u: &Unlike, now| !u.motion.is_found(&u.model, aim(u), now);
     let searched = |u: &Unlike| u.motion.searched_at().unwrap_or(f64::NEG_INFINITY);
     let mut turn = None;
     if memory.motion.searched_at() != Some(scene.now) {
@@ -149,14 +158,13 @@ fn own_dials(
         let Some(own) = unlike.get_mut(place) else {
             continue;
         };
-        let known = laws::known(own.told);
+        let aim = aim(own);
         if let Some(found) = found.filter(|_| due(own, scene.now)) {
-            let ranges = ranges(scene, own.told);
-            own.motion.share(&found, &own.model, ranges, size, scene.now);
+            own.motion.share(&found, &own.model, aim, scene.now);
         }
         let (was, motion) = (own.was, &mut own.motion);
         let (may_search, busiest) = (turn == Some(place), Some(own.told));
-        let choice = settled(scene, &own.model, known, was, busiest, may_search, motion);
+        let choice = settled(scene, &own.model, aim, was, busiest, may_search, motion);
         let mut dials = was;
         let mut weight = 0.0;
         if let Some(choice) = choice {
@@ -189,14 +197,18 @@ fn model_of(scene: &Scene, known: Known) -> ReplicaModel {
     )
 }
 
-fn ranges(scene: &Scene, told: Told) -> (DialRange, DialRange) {
-    dials::ranges(scene.limits, told.ceilings)
+fn aim(scene: &Scene, ceilings: Dials, pressed: bool) -> Aim {
+    Aim {
+        ranges: dials::ranges(scene.limits, ceilings),
+        fleet: scene.census.ready().max(1),
+        pressed,
+    }
 }
 
 fn settled(
     scene: &Scene,
     model: &ReplicaModel,
-    known: Known,
+    aim: Aim,
     before: Dials,
     busiest: Option<Told>,
     may_search: bool,
@@ -204,16 +216,10 @@ fn settled(
 ) -> Option<Choice> {
     let lately = scene.demand.as_ref().map_or(0, |d| d.peak_in_flight);
     let peak = busiest.map_or(0, |told| told.in_flight()).max(lately);
-    dials::settled(
-        model,
-        dials::ranges(scene.limits, known.ceilings),
-        before,
-        dials::Look {
-            peak,
-            fleet: scene.census.ready().max(1),
-            may_search,
-            now: scene.now,
-        },
-        motion,
-    )
+    let look = dials::Look {
+        peak,
+        may_search,
+        now: scene.now,
+    };
+    dials::settled(model, aim, before, look, motion)
 }

@@ -52,7 +52,7 @@ fn holds(outcome: &Outcome, dearer: f64) {
     println!("{score:?}\nhealthy: {:?}", healthy().score);
     assert!(score.good >= 99.0, "{score:?}");
     assert!(worst_stretch(outcome) >= 95.0, "{:?}", worst_stretch(outcome));
-    assert!(score.reversals <= 4, "{score:?}");
+    assert!(score.reversals <= healthy().score.reversals + 2, "{score:?}");
     let dear = score.replica_hours / healthy().score.replica_hours;
     assert!(dear <= dearer, "{dear} times as dear: {score:?}");
 }
@@ -166,8 +166,10 @@ fn nodes_never_come() {
 
 #[test]
 fn the_api_server_refuses_writes_for_two_minutes() {
-    // While load rises.
-    let refused = 1200.0..1320.0;
+    // From when the last replica for the peak would be ordered.
+    let peak = most(healthy(), |p| p.desired);
+    let raise = healthy().timeline.iter().find(|p| p.desired == peak).unwrap().t - 10.0;
+    let refused = raise..raise + 120.0;
     let outcome = run(vec![Fault::WritesRefused {
         during: refused.clone(),
     }]);
@@ -175,6 +177,8 @@ fn the_api_server_refuses_writes_for_two_minutes() {
     let points = outcome.timeline.iter().filter(|p| refused.contains(&p.t));
     let asked: Vec<u32> = points.map(|p| p.desired).collect();
     assert!(asked.windows(2).all(|w| w[0] == w[1]), "{asked:?}");
+    let after = outcome.timeline.iter().find(|p| p.t >= refused.end + 10.0);
+    assert!(after.unwrap().desired > asked[0]);
 }
 
 #[test]
