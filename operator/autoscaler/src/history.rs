@@ -15,6 +15,8 @@ const TREND_FROM: f64 = 80.0;
 /// Standard deviations by which the newest seconds may differ from a longer window's line before
 /// that window is taken to be of another time.
 const BREAK: f64 = 3.0;
+/// The same for the newest bucket alone, upwards.
+const JUMP: f64 = 4.0;
 /// Seconds within which errors of forecasts count half.
 const ERROR_HALF_LIFE: f64 = 900.0;
 /// Relative standard error of a forecast before any was checked.
@@ -179,6 +181,16 @@ impl History {
                 break;
             }
             best = trend;
+        }
+        // A jump is seen at once.
+        let (n, watched, age) = self.sum(GRAIN);
+        let expected = (best.level - best.slope * age).max(0.0) * watched;
+        if watched > 0.0 && n > expected + JUMP * expected.max(1.0).sqrt() {
+            best = Trend {
+                level: n / watched,
+                error: n.sqrt() / watched,
+                slope: 0.0,
+            };
         }
         Some(best)
     }

@@ -18,6 +18,8 @@ const JUMP: f64 = 2.0;
 const PLANNED_CAP: f64 = 0.7;
 /// Share of the misses allowed that the replicas left after a scale-down may be expected to have.
 const KEPT_MISSES: f64 = 0.5;
+/// Times the replicas that are ordered at once at most.
+const MOST_TIMES: u32 = 4;
 /// Seconds between two orders for more.
 const BETWEEN_RAISES: f64 = 10.0;
 /// Seconds after a shortage in which misses teach nothing: requests that began in it still end.
@@ -350,7 +352,7 @@ pub(crate) fn plan(
         if census.unschedulable > 0 {
             return Plan::KeepUnschedulable(current);
         }
-        let step = current.saturating_mul(2).max(current.saturating_add(2));
+        let step = current.saturating_mul(MOST_TIMES);
         let to = bounded(sure.min(step), limits);
         let recent = memory.raised_at.is_some_and(|at| now - at < BETWEEN_RAISES);
         if to > current && !recent {

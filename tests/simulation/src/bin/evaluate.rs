@@ -3,11 +3,12 @@
 //!
 //! `cargo run --release -p stoker-simulation --bin evaluate -- --trace FILE`
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Result, bail};
 use clap::Parser;
-use stoker_simulation::policy::{Peer, Stoker};
+use stoker_autoscaler::Dials;
+use stoker_simulation::policy::{Advised, Peer, Stoker};
 use stoker_simulation::report::{self, Losses, Row};
 use stoker_simulation::tuning::{self, Setting};
 use stoker_simulation::{
@@ -59,6 +60,10 @@ struct Args {
     peers_at_budgets: Vec<u32>,
     #[arg(long, value_delimiter = ',', default_value = "32")]
     peers_at_caps: Vec<u32>,
+    /// Instead of all that: this stoker-advise on each case, cold, and what the peers do there for no
+    /// more replica-hours, at the best of their settings in hindsight (with the budgets given).
+    #[arg(long)]
+    advise: Option<PathBuf>,
     #[arg(long, default_value_t = 1)]
     seed: u64,
     #[arg(long, default_value_t = 2)]
@@ -97,6 +102,12 @@ fn main() -> Result<()> {
     let traces = (args.cases.iter())
         .map(|case| Ok((case.as_str(), case_of(case, &recorded, &mix, args.seed)?)))
         .collect::<Result<Vec<_>>>()?;
+    if let Some(program) = &args.advise {
+        for (case, trace) in &traces {
+            advised(case, trace, &setup, program, &args)?;
+        }
+        return Ok(());
+    }
     if !args.peers_at_budgets.is_empty() {
         peers(&traces, &setup, &args);
         return Ok(());
@@ -115,6 +126,52 @@ fn case_of(case: &str, recorded: &Trace, mix: &Mix, seed: u64) -> Result<Trace> 
         (_, _, Some(unseen)) => unseen.generate(mix, seed),
         _ => bail!("--cases {case:?}: choose recorded, a shape or an unseen kind"),
     })
+}
+
+fn advised(case: &str, trace: &Trace, setup: &Setup, program: &Path, args: &Args) -> Result<()> {
+    let setup = setup.with_replicas(oracle::first_fleet(setup, trace));
+    let mut advised = Advised::new(program, &setup)?;
+    let outcome = simulate(&setup, trace, &mut advised);
+    advised.end()?;
+    let ours = outcome.score;
+    let usual = |of: fn(&Dials) -> u32| {
+        let mut values: Vec<u32> = outcome.timeline.iter().map(|p| of(&p.dials)).collect();
+        values.sort_unstable();
+        values.get(values.len() / 2).copied().unwrap_or(0)
+    };
+    let budget = usual(|dials| dials.max_num_batched_tokens);
+    println!("## {case}: {} requests in {:.0} min\n", trace.requests.len(), trace.duration / 60.0);
+    println!("| policy | setting | good % | strict % | replica-h | reversals |");
+    println!("| --- | --- | ---: | ---: | ---: | ---: |");
+    let line = |name: &str, setting: &str, score: &Score| {
+        println!(
+            "| {name} | {setting} | {:.2} | {:.2} | {:.2} | {} |",
+            score.good, score.strict, score.replica_hours, score.reversals
+        );
+    };
+    let cap = usual(|dials| dials.max_num_seqs);
+    line("stoker-advise", &format!("mostly {cap} / {budget}"), &ours);
+    let mut budgets = args.peers_at_budgets.clone();
+    budgets.push(budget);
+    budgets.sort_unstable();
+    budgets.dedup();
+    let reactive: Vec<Peer> = Peer::ALL.into_iter().filter(|p| *p != Peer::Fixed).collect();
+    let settings = tuning::grid(&reactive, &args.peers_at_caps, &budgets);
+    let scores = tuning::scores(&settings, &setup, trace, setup.backend, args.threads);
+    for peer in reactive {
+        let of = scores.iter().filter(|(setting, score)| {
+            setting.peer == peer && score.replica_hours <= ours.replica_hours
+        });
+        match of.max_by(|a, b| a.1.good.total_cmp(&b.1.good)) {
+            Some((setting, score)) => {
+                let (cap, budget) = (setting.max_num_seqs, setting.max_num_batched_tokens);
+                line(peer.name(), &format!("{cap} / {budget}, {}", setting.parameter), score);
+            }
+            None => println!("| {} | none as cheap | | | | |", peer.name()),
+        }
+    }
+    println!();
+    Ok(())
 }
 
 /// Every peer at its best single setting for all traces: the cheapest that is good enough on each, or
