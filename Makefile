@@ -6,7 +6,7 @@ CLUSTER ?= local
 export CLUSTER
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench bench-router images model prerequisites cluster-build cluster-up cluster-down
+.PHONY: help demo test lint bench bench-router bench-fleet images model prerequisites cluster-build cluster-up cluster-down
 
 help: ## list the verbs
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -28,6 +28,9 @@ bench: ## measure, and write the report
 
 bench-router: ## measure the router beside nginx
 	tests/bench-router.sh
+
+bench-fleet: images cluster-up ## measure a fleet with and without routers on the local cluster
+	tests/bench-fleet.py
 
 images: prerequisites ## build the images and load them into the cluster
 	cargo build --release --workspace --bins
