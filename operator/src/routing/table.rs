@@ -78,6 +78,7 @@ pub fn services(
     for service in &services {
         *names.entry(service.name_any()).or_default() += 1;
     }
+    let pods = stores.pods();
     let mut entries = Vec::with_capacity(services.len());
     for service in &services {
         let Some(key) = Key::of(&**service) else {
@@ -94,8 +95,7 @@ pub fn services(
             .map(|_| keys.unwrap_or_default());
         let unique = names.get(&key.name) == Some(&1);
         let ips = cluster_ips(addresses, service, &key);
-        let pods = stores.pods_of(&key);
-        let pods = pods.iter().map(AsRef::as_ref);
+        let pods = pods.get(&key).into_iter().flatten().map(AsRef::as_ref);
         entries.push(entry(
             service,
             &key,
