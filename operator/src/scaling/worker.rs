@@ -383,8 +383,8 @@ fn recommend(outlook: &mut Outlook, decision: &Decision, seen: &[Seen]) {
         max_num_seqs,
         max_num_batched_tokens,
     } = decision.dials;
-    let in_force = seen.iter().filter_map(Seen::sample).map(|s| s.dials);
-    outlook.dials = in_force.last();
+    let mut in_force = seen.iter().filter_map(Seen::sample).map(|s| s.dials);
+    outlook.dials = in_force.next_back();
     if let Some(reason) = &mut outlook.reason {
         reason.message = format!(
             "Recommended: {} replicas, cap {max_num_seqs}, budget {max_num_batched_tokens}. {}",
