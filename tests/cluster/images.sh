@@ -41,7 +41,9 @@ save() { # NAME FILE
     rm -f "$2"
     case $builder in
     buildah) own_buildah push --quiet "$1" "docker-archive:$2:$1" ;;
-    *) "$builder" save --output "$2" "$1" ;;
+    # Its `save` would put localhost/ before the name.
+    podman) podman push --quiet "$1" "docker-archive:$2:$1" ;;
+    docker) docker save --output "$2" "$1" ;;
     esac
 }
 
