@@ -62,8 +62,33 @@ impl Motion {
         Some(search.found)
     }
 
+    /// Whether that is so.
+    pub fn is_found(
+        &self,
+        model: &ReplicaModel,
+        ranges: (DialRange, DialRange),
+        fleet: u32,
+        now: f64,
+    ) -> bool {
+        self.found(model, ranges, fleet, now).is_some()
+    }
+
+    /// Goes by the result of somebody else's search, where that was about nearly the same.
+    pub fn share(
+        &mut self,
+        other: &Motion,
+        model: &ReplicaModel,
+        ranges: (DialRange, DialRange),
+        fleet: u32,
+        now: f64,
+    ) {
+        if other.is_found(model, ranges, fleet, now) {
+            self.search = other.search;
+        }
+    }
+
     /// When the last search was made.
-    pub fn search_began_at(&self) -> Option<f64> {
+    pub fn searched_at(&self) -> Option<f64> {
         Some(self.search?.at)
     }
 
@@ -249,25 +274,28 @@ pub(crate) fn settled(
     // Whoever's turn it isn't goes on with what was found before.
     let stale = motion.search.filter(|_| !may_search);
     let known = known.or(stale.map(|search| search.found));
-    if known.is_none() && !may_search {
-        return Some(Choice {
-            dials: current,
-            judged: current,
-            capacity: model.capacity_within(current, fleet, ROUGHLY)?,
-        });
-    }
     let best = match known {
         Some(found) => found,
         None => {
-            let found = best(model, (caps, budgets), current, fleet)?;
+            let found = if may_search {
+                best(model, (caps, budgets), current, fleet)
+            } else {
+                let capacity = model.capacity_within(current, fleet, ROUGHLY);
+                capacity.map(|capacity| Choice {
+                    dials: current,
+                    judged: current,
+                    capacity,
+                })
+            };
             motion.search = Some(Search {
-                at: now,
+                // What wasn't searched for is due at once.
+                at: if may_search { now } else { now - SEARCH_KEPT },
                 about: model.about(),
                 fleet,
                 ranges: (caps, budgets),
-                found,
+                found: found?,
             });
-            found
+            found?
         }
     };
     // Moves that the objective is broken without, as by a mix that has changed.
@@ -281,7 +309,9 @@ pub(crate) fn settled(
         &mut motion.budget,
     );
     // Where the budget stays a little off the best one, the cap goes with the budget in force.
-    let best = if known.is_some() && (!may_search || budget == best.dials.max_num_batched_tokens) {
+    let best = if !may_search
+        || (known.is_some() && budget == best.dials.max_num_batched_tokens)
+    {
         best
     } else {
         let exact = choice(model, budget, caps, fleet, HALVINGS).unwrap_or(best);

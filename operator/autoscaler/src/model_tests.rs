@@ -14,7 +14,9 @@ fn objectives(itl_of: ItlOf) -> Objectives {
 }
 
 fn mix(prompt: f64, output: f64, prompt_variation: f64) -> Mix {
+    let shape = Mix::UNKNOWN;
     Mix {
+        outputs: shape.outputs.map(|tokens| tokens * output / shape.output),
         prompt,
         prompt_variation,
         output,
@@ -93,6 +95,7 @@ fn the_worked_example() {
         hidden: 1.0,
     };
     let mix = Mix {
+        outputs: Mix::UNKNOWN.outputs,
         prompt: 1155.0,
         prompt_variation: 0.92,
         output: 211.0,

@@ -5,7 +5,7 @@ use std::collections::VecDeque;
 use stoker_autoscaler::{Dials, Phase};
 
 use super::faults::{Fault, Faults};
-use super::pods::{Pods, untouched};
+use super::pods::{Pod, Pods, untouched};
 use super::view::View;
 use super::{Action, Policy, Routing, Setup, TAIL};
 use crate::flight::{Ledger, State};
@@ -264,7 +264,10 @@ impl<'a> Fleet<'a> {
         (self.turn..n)
             .chain(0..self.turn)
             .filter(|&place| pods.get(place).is_some_and(|pod| pod.ready()))
-            .min_by_key(|&place| pods.get(place).map_or(u32::MAX, |pod| pod.outstanding))
+            .min_by(|&a, &b| {
+                let load = |place: usize| pods.get(place).map_or(f64::INFINITY, Pod::load);
+                load(a).total_cmp(&load(b))
+            })
     }
 
     fn connection(&mut self, connections: u32, max_age: f64) -> Option<usize> {
@@ -396,11 +399,14 @@ impl<'a> Fleet<'a> {
             replicas,
             dials,
             overrides,
+            weights,
         } = policy.decide(&view);
         self.dials = dials;
         for pod in &mut self.pods.list {
             let own = overrides.iter().find(|(id, _)| *id == pod.id);
             pod.set_dials(own.map_or(dials, |(_, dials)| *dials));
+            let weight = weights.iter().find(|(id, _)| *id == pod.id);
+            pod.weight = weight.map_or(1.0, |(_, weight)| *weight);
         }
         let (min, max) = (self.setup.min_replicas, self.setup.max_replicas);
         let mut replicas = replicas.clamp(min, max);

@@ -1,5 +1,6 @@
 //! What governs a fleet: ours, and what people run today by its documented rules and defaults.
 
+mod advised;
 mod aibrix;
 mod dynamo;
 mod fixed;
@@ -12,6 +13,7 @@ mod schedule;
 mod window;
 mod wva;
 
+pub use advised::Advised;
 pub use fixed::Fixed;
 pub use ours::Stoker;
 pub use schedule::Schedule;
@@ -150,6 +152,7 @@ fn action(replicas: u32, dials: Dials) -> Action {
         replicas,
         dials,
         overrides: Vec::new(),
+        weights: Vec::new(),
     }
 }
 

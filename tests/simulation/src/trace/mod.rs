@@ -2,9 +2,11 @@
 
 mod csv;
 mod generate;
+mod unseen;
 
 pub use csv::TraceError;
 pub use generate::{Mix, Shape};
+pub use unseen::Unseen;
 
 /// A request as its client sees it.
 #[derive(Clone, Copy, Debug, PartialEq)]
