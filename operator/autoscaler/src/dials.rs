@@ -309,9 +309,7 @@ pub(crate) fn settled(
         &mut motion.budget,
     );
     // Where the budget stays a little off the best one, the cap goes with the budget in force.
-    let best = if !may_search
-        || (known.is_some() && budget == best.dials.max_num_batched_tokens)
-    {
+    let best = if !may_search || (known.is_some() && budget == best.dials.max_num_batched_tokens) {
         best
     } else {
         let exact = choice(model, budget, caps, fleet, HALVINGS).unwrap_or(best);

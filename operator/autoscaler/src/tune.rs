@@ -32,7 +32,10 @@ pub(crate) struct Tuned {
 impl Tuned {
     /// Replicas that can't keep the objectives with any dials.
     pub fn too_slow(&self) -> u32 {
-        self.weights.values().filter(|weight| **weight == 0.0).count() as u32
+        self.weights
+            .values()
+            .filter(|weight| **weight == 0.0)
+            .count() as u32
     }
 
     /// The fleet's model, the dials that it is judged by, and what a replica carries with them.
@@ -135,7 +138,10 @@ fn own_dials(
     let size = scene.census.ready().max(1);
     // Like ones share what was found for one of them. There is one search a call, for the one that
     // has waited longest: the rest go on with what was found for them before.
-    let due = |u: &Unlike, now| !u.motion.is_found(&u.model, ranges(scene, u.told), size, now);
+    let due = |u: &Unlike, now| {
+        !u.motion
+            .is_found(&u.model, ranges(scene, u.told), size, now)
+    };
     let searched = |u: &Unlike| u.motion.searched_at().unwrap_or(f64::NEG_INFINITY);
     let mut turn = None;
     if memory.motion.searched_at() != Some(scene.now) {
@@ -152,7 +158,8 @@ fn own_dials(
         let known = laws::known(own.told);
         if let Some(found) = found.filter(|_| due(own, scene.now)) {
             let ranges = ranges(scene, own.told);
-            own.motion.share(&found, &own.model, ranges, size, scene.now);
+            own.motion
+                .share(&found, &own.model, ranges, size, scene.now);
         }
         let (was, motion) = (own.was, &mut own.motion);
         let (may_search, busiest) = (turn == Some(place), Some(own.told));

@@ -129,7 +129,7 @@ pub async fn run(
 
         metrics::gauge!("stoker_operator_routers").set(routers.len() as f64);
         let late = begun.elapsed() >= KEYS_DUE;
-        let services = table::services(&stores, &addresses, &routing.keyring, late);
+        let services = table::services(&stores, &addresses, &routing.keyring, &board, late);
         let Some(services) = services else {
             continue;
         };

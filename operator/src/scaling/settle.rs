@@ -158,6 +158,7 @@ mod tests {
                 max_num_batched_tokens: 512,
             },
             overrides: BTreeMap::new(),
+            weights: BTreeMap::new(),
             reason: reason(code, ""),
             load: None,
             outlook: None,

@@ -329,6 +329,7 @@ impl Worker {
             reason: self.reason.update(reason, now),
             objectives_met: self.objectives_met.update(met, now),
             pods: seen.iter().map(|pod| self.pod_outlook(pod, now)).collect(),
+            weights: decision.weights.clone(),
         }
     }
 
@@ -383,6 +384,7 @@ fn recommend(outlook: &mut Outlook, decision: &Decision, seen: &[Seen]) {
         max_num_seqs,
         max_num_batched_tokens,
     } = decision.dials;
+    outlook.weights.clear();
     let mut in_force = seen.iter().filter_map(Seen::sample).map(|s| s.dials);
     outlook.dials = in_force.next_back();
     if let Some(reason) = &mut outlook.reason {

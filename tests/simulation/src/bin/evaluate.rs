@@ -122,16 +122,16 @@ fn case_of(case: &str, recorded: &Trace, mix: &Mix, seed: u64) -> Result<Trace> 
 fn peers(traces: &[(&str, Trace)], setup: &Setup, args: &Args) {
     let settings = tuning::grid(&Peer::ALL, &args.peers_at_caps, &args.peers_at_budgets);
     let scores: Vec<_> = (traces.iter())
-        .map(|(_, trace)| {
-            tuning::scores(&settings, setup, trace, Backend::Surrogate, args.threads)
-        })
+        .map(|(_, trace)| tuning::scores(&settings, setup, trace, Backend::Surrogate, args.threads))
         .collect();
     let of = |place: usize| scores.iter().filter_map(move |on| Some(on.get(place)?.1));
     println!("| peer | cap / budget, parameter | hours | good % @ hours of each |");
     println!("| --- | --- | ---: | --- |");
     for peer in Peer::ALL {
         let places = (0..settings.len()).filter(|place| {
-            settings.get(*place).is_some_and(|setting| setting.peer == peer)
+            settings
+                .get(*place)
+                .is_some_and(|setting| setting.peer == peer)
         });
         let hours = |place: usize| of(place).map(|score| score.replica_hours).sum::<f64>();
         let worst = |place: usize| of(place).map(|score| score.good).fold(100.0, f64::min);
@@ -199,7 +199,9 @@ fn calibrate(setup: &Setup, mix: &Mix, threads: usize) {
         let expected = expected / outlooks.len() as f64;
         (size, load, carries, dials, expected, measured)
     });
-    println!("| replicas | load | requests/s each | cap / budget | expected % | measured % | of which late, slow % | ratio |");
+    println!(
+        "| replicas | load | requests/s each | cap / budget | expected % | measured % | of which late, slow % | ratio |"
+    );
     println!("| ---: | ---: | ---: | --- | ---: | ---: | ---: | ---: |");
     for (size, load, carries, dials, expected, (measured, late, slow)) in rows {
         let dials = dials.map_or(String::new(), |d| {
