@@ -6,7 +6,7 @@ CLUSTER ?= local
 export CLUSTER
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench bench-router images model prerequisites cluster-build cluster-up cluster-down
+.PHONY: help demo test lint bench bench-cuda bench-router bench-fleet bench-autoscaler kernels images model prerequisites cluster-build cluster-up cluster-down
 
 help: ## list the verbs
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -28,6 +28,23 @@ bench: ## measure, and write the report
 
 bench-router: ## measure the router beside nginx
 	tests/bench-router.sh
+
+bench-fleet: images cluster-up ## measure a fleet with and without routers on the local cluster
+	tests/bench-fleet.py
+
+bench-autoscaler: images cluster-up ## measure the autoscaler live beside what the simulator expects
+	tests/bench-autoscaler.py
+
+kernels: ## fetch the compiler of the CUDA kernels; builds have them from then on
+	server/kernels/fetch-nvrtc.sh
+
+bench-cuda: kernels ## make the folder of benches that is run on a machine with a GPU
+	cargo build --release --workspace --bins --example bench-cuda
+	mkdir -p target/bench-cuda
+	for program in stoker-server stoker-bench examples/bench-cuda; do \
+	  strip -o target/bench-cuda/$${program##*/} target/release/$$program; done
+	cp tests/bench-cuda.sh target/bench-cuda/
+	@echo "copy target/bench-cuda to a machine with an NVIDIA GPU and run bench-cuda.sh there"
 
 images: prerequisites ## build the images and load them into the cluster
 	cargo build --release --workspace --bins

@@ -32,6 +32,7 @@ step() {
 
 step "prerequisites" prerequisites "install what the log names" make prerequisites
 step "the model" model "is PyPI reachable?" make model
+step "the CUDA kernels' compiler" kernels "is PyPI reachable?" make kernels
 step "build" build "read the compiler's message" cargo build --release --workspace --tests --bins
 step "unit tests" unit "cargo test --release -p CRATE TEST" cargo test --release --workspace --exclude stoker-e2e
 if [ "${CLUSTER:-local}" = local ]; then

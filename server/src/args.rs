@@ -7,6 +7,7 @@ use std::path::PathBuf;
 use clap::{Parser, ValueEnum};
 use stoker_engine::Profile;
 use stoker_hub::ModelSource;
+use stoker_model::Dtype;
 use thiserror::Error;
 
 use crate::objectives::{Objectives, ObjectivesError};
@@ -67,6 +68,11 @@ pub struct Args {
     /// What runs the model. What was asked for or a clear failure: never a silent fall back
     #[arg(long, env = "STOKER_DEVICE", value_enum, default_value = "cpu")]
     pub device: Device,
+
+    /// What weights are kept as. int8 and int4 (a scale for every 128 weights, made from the file's
+    /// weights) are for --device cuda; matrices whose columns aren't multiples of 128 stay f16
+    #[arg(long, env = "STOKER_DTYPE", value_enum, default_value = "auto")]
+    pub dtype: WeightType,
 
     /// Device that --device simulated imitates
     #[arg(
@@ -190,6 +196,27 @@ pub enum Device {
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum WeightType {
+    /// f16
+    Auto,
+    #[value(alias = "half")]
+    Float16,
+    Int8,
+    Int4,
+}
+
+impl From<WeightType> for Dtype {
+    fn from(dtype: WeightType) -> Self {
+        match dtype {
+            WeightType::Auto => Self::Auto,
+            WeightType::Float16 => Self::Float16,
+            WeightType::Int8 => Self::Int8,
+            WeightType::Int4 => Self::Int4,
+        }
+    }
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum SimulatedProfile {
     /// NVIDIA T4, 16 GB
     T4,
@@ -206,10 +233,6 @@ pub enum LogFormat {
 /// Why a command line can't be used.
 #[derive(Debug, Error)]
 pub enum ArgsError {
-    #[error(
-        "--device cuda: this build has no CUDA kernels; use --device cpu, or --device simulated"
-    )]
-    NoCuda,
     #[error(
         "--model is missing; give a GGUF file, the folder of a checkpoint, hf://<org>/<name> or a URL (or use --device simulated)"
     )]
@@ -237,11 +260,10 @@ impl Args {
     /// Checks what the types of the flags don't.
     pub fn validate(&self) -> Result<(), ArgsError> {
         match (self.device, &self.model) {
-            (Device::Cuda, _) => return Err(ArgsError::NoCuda),
-            (Device::Cpu, None) => return Err(ArgsError::NoModel),
+            (Device::Cpu | Device::Cuda, None) => return Err(ArgsError::NoModel),
             // What is to be downloaded is looked at then.
-            (Device::Cpu, Some(ModelSource::Hub(_) | ModelSource::Url(_))) => {}
-            (Device::Cpu, Some(ModelSource::Path(path))) => {
+            (Device::Cpu | Device::Cuda, Some(ModelSource::Hub(_) | ModelSource::Url(_))) => {}
+            (Device::Cpu | Device::Cuda, Some(ModelSource::Path(path))) => {
                 std::fs::File::open(path).map_err(|source| ArgsError::Model {
                     path: path.clone(),
                     source,
@@ -327,7 +349,7 @@ mod tests {
     #[test]
     fn bad_combinations_are_refused() {
         for (line, word) in [
-            ("--device cuda", "no CUDA kernels"),
+            ("--device cuda", "--model is missing"),
             ("", "--model is missing"),
             ("--model /nowhere/x.gguf", "/nowhere/x.gguf"),
             (

@@ -1,22 +1,32 @@
 //! From the command line to a running engine: load, time the device, start.
 
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
 use stoker_engine::executor::{Capacity, Executor, ExecutorError};
 use stoker_engine::{EngineConfig, Limits, RealClock, SimulatedExecutor, calibrate};
 use stoker_hub::HubError;
-use stoker_model::{ChatTemplate, KvMemory, LoadError, LoadOptions, LoadedModel, Tokenizer};
+use stoker_model::{
+    ChatTemplate, KvMemory, LoadError, LoadOptions, LoadedModel, Progress, Tokenizer,
+};
 use thiserror::Error;
 
 use crate::app::{App, Serving};
 use crate::args::{Args, Device};
-use crate::download::{self, LocalModel};
+use crate::download;
 use crate::engine::{EngineHandle, EngineStart};
 use crate::objectives::ObjectivesError;
 
 /// Share of the progress that loading takes; timing the device takes the rest.
 pub const LOAD_SHARE: f64 = 0.95;
+
+/// Ceiling of the dial `max_num_batched_tokens` on a CPU: more in one step would stall every running
+/// sequence for many seconds.
+const CPU_TOKENS: u32 = 1024;
+
+/// The same on a GPU, where a step's memory grows with it.
+const CUDA_TOKENS: u32 = 2048;
 
 /// New tokens of a chat answer of the simulated device, which never ends one by itself.
 const SIMULATED_CHAT_TOKENS: u32 = 256;
@@ -75,8 +85,8 @@ pub fn start(args: &Args, app: &Arc<App>) -> Result<(), StartError> {
     let clock = RealClock::new();
     let mut loaded = match args.device {
         Device::Simulated => load_simulated(args, app, clock)?,
-        // The command line has been checked: other devices are not in this build.
-        Device::Cpu | Device::Cuda => load_cpu(args, app, &download::obtain(args, app)?)?,
+        Device::Cpu => load(args, app, LoadedModel::load, CPU_TOKENS)?,
+        Device::Cuda => load(args, app, LoadedModel::load_cuda, CUDA_TOKENS)?,
     };
     app.lifecycle.set_progress(LOAD_SHARE);
     let prior = calibrate(&mut *loaded.executor)?;
@@ -162,9 +172,19 @@ fn load_simulated(args: &Args, app: &App, clock: RealClock) -> Result<Loaded, St
     })
 }
 
-fn load_cpu(args: &Args, app: &App, local: &LocalModel) -> Result<Loaded, StartError> {
+/// How a device loads a model.
+type LoadModel<E> = fn(&Path, &LoadOptions, &dyn Fn(Progress)) -> Result<LoadedModel<E>, LoadError>;
+
+fn load<E: Executor + 'static>(
+    args: &Args,
+    app: &App,
+    load_model: LoadModel<E>,
+    most_batched_tokens: u32,
+) -> Result<Loaded, StartError> {
+    let local = download::obtain(args, app)?;
     let defaults = LoadOptions::default();
     let options = LoadOptions {
+        dtype: args.dtype.into(),
         max_model_len: args.max_model_len,
         kv_memory: match args.kv_cache_memory_bytes {
             Some(bytes) => KvMemory::Bytes(bytes),
@@ -173,11 +193,9 @@ fn load_cpu(args: &Args, app: &App, local: &LocalModel) -> Result<Loaded, StartE
         threads: args.threads.map(|n| n as usize),
         // A dial that is asked for is within its own ceiling.
         max_num_seqs: defaults.max_num_seqs.max(args.max_num_seqs),
-        max_num_batched_tokens: defaults
-            .max_num_batched_tokens
-            .max(args.max_num_batched_tokens),
+        max_num_batched_tokens: most_batched_tokens.max(args.max_num_batched_tokens),
     };
-    let model = LoadedModel::load(&local.path, &options, &|progress| {
+    let model = load_model(&local.path, &options, &|progress| {
         let loaded = f64::from(progress.percent) / 100.0;
         app.lifecycle
             .set_progress(local.progress + (LOAD_SHARE - local.progress) * loaded);

@@ -10,7 +10,7 @@ mod stand_in;
 
 use std::net::{Ipv4Addr, SocketAddr};
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use common::{Server, eventually, run_to_end_with};
@@ -21,12 +21,22 @@ use tokio::net::{TcpListener, TcpStream};
 
 const MODEL: &str = "hf://test/tiny-llama";
 
+/// What serves the model: the CPU, unless STOKER_TEST_DEVICE says otherwise.
+fn device() -> &'static str {
+    static DEVICE: OnceLock<String> = OnceLock::new();
+    DEVICE.get_or_init(|| std::env::var("STOKER_TEST_DEVICE").unwrap_or("cpu".to_owned()))
+}
+
 /// A hub with a gated tiny Llama in three shards.
 fn hub() -> StandIn {
     let folder = tempfile::tempdir().unwrap();
     let model = HuggingFace {
         shards: 3,
         ..HuggingFace::llama3()
+    };
+    let model = match device() {
+        "cuda" => model.for_gpu(),
+        _ => model,
     };
     model.write(folder.path());
     let hub = StandIn::start();
@@ -47,7 +57,14 @@ fn hub() -> StandIn {
 fn flags<'a>(model: &'a str, hub: &'a str, cache: &'a Path) -> Vec<&'a str> {
     let cache = cache.to_str().unwrap();
     let small = ["--kv-cache-memory-bytes", "8388608", "--threads", "2"];
-    let mut flags = vec!["--device", "cpu", "--model", model, "--model-cache", cache];
+    let mut flags = vec![
+        "--device",
+        device(),
+        "--model",
+        model,
+        "--model-cache",
+        cache,
+    ];
     flags.extend(small);
     if !hub.is_empty() {
         flags.extend(["--hub-endpoint", hub]);

@@ -1,7 +1,7 @@
 //! What is asked of the fleet: how many requests, of what kind, and how they fare.
 
-use crate::decision::Load;
 use crate::census::Census;
+use crate::decision::Load;
 use crate::fleet::{Tracks, Window};
 use crate::history::{History, Trend};
 use crate::mix::Mix;

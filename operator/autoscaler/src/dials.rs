@@ -209,7 +209,9 @@ pub(crate) fn best(model: &ReplicaModel, aim: Aim, current: Dials) -> Option<Cho
     for place in (0..=last).step_by(STRIDE).chain([last]) {
         attempt(&mut tried, place);
     }
-    let peak = tried.iter().max_by(|a, b| a.1.worth().total_cmp(&b.1.worth()));
+    let peak = tried
+        .iter()
+        .max_by(|a, b| a.1.worth().total_cmp(&b.1.worth()));
     let peak = peak.map_or(0, |(place, _)| *place);
     for place in peak.saturating_sub(STRIDE - 1)..peak + STRIDE {
         attempt(&mut tried, place);
@@ -313,9 +315,7 @@ pub(crate) fn settled(
         &mut motion.budget,
     );
     // Where the budget stays a little off the best one, the cap goes with the budget in force.
-    let best = if !may_search
-        || (known.is_some() && budget == best.dials.max_num_batched_tokens)
-    {
+    let best = if !may_search || (known.is_some() && budget == best.dials.max_num_batched_tokens) {
         best
     } else {
         let exact = choice(model, budget, caps, fleet, HALVINGS).unwrap_or(best);

@@ -178,7 +178,11 @@ impl Tracks {
         for track in self.snapshots() {
             // Scrapes of one round don't fall on the same instant, and some are lost.
             let last = track.back().map_or(newest, |last| last.at);
-            let end = if newest - last <= SILENT { last } else { newest };
+            let end = if newest - last <= SILENT {
+                last
+            } else {
+                newest
+            };
             add(&mut window, track, end - seconds, end);
         }
         Some(window)
@@ -419,7 +423,11 @@ mod tests {
             tracks.observe(&seen, now);
             let census = Census::new(&seen, &tracks, now);
             let ids = census.heard.iter().map(|(id, _)| (*id).to_owned());
-            (ids.collect::<Vec<_>>().join(" "), census.silent, census.delay)
+            (
+                ids.collect::<Vec<_>>().join(" "),
+                census.silent,
+                census.delay,
+            )
         };
         assert_eq!(census(100.0, 75.0), ("late good".into(), 2, 25.0));
         // Late, but going on.

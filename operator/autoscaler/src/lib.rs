@@ -137,7 +137,10 @@ pub fn decide(
     };
 
     let outlook = outlook(&scene, &tuned);
-    memory.pressed = scene.demand.as_ref().is_some_and(|d| tuned.pressed(&scene, d));
+    memory.pressed = scene
+        .demand
+        .as_ref()
+        .is_some_and(|d| tuned.pressed(&scene, d));
     memory.replicas = Some(replicas);
     memory.dials = Some(tuned.dials);
     Decision {

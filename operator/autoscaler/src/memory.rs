@@ -122,10 +122,15 @@ impl Turns {
     const REMEMBERED: f64 = 3600.0;
 
     pub fn note(&mut self, now: f64, upwards: bool) {
-        if self.upwards.replace(upwards).is_some_and(|was| was != upwards) {
+        if self
+            .upwards
+            .replace(upwards)
+            .is_some_and(|was| was != upwards)
+        {
             self.at.push_back(now.round());
         }
-        self.at.retain(|at| (0.0..Self::REMEMBERED).contains(&(now - at)));
+        self.at
+            .retain(|at| (0.0..Self::REMEMBERED).contains(&(now - at)));
         // However the clock jumps.
         while self.at.len() > 32 {
             self.at.pop_front();
@@ -187,7 +192,9 @@ impl Low {
 
     /// The most that was needed within so many seconds.
     pub fn most(&self, now: f64, seconds: f64) -> u32 {
-        let first = self.slots.partition_point(|(start, _)| now - start > seconds);
+        let first = self
+            .slots
+            .partition_point(|(start, _)| now - start > seconds);
         let slots = self.slots.iter().skip(first.saturating_sub(1));
         slots.map(|(_, most)| *most).max().unwrap_or(0)
     }

@@ -32,7 +32,10 @@ pub(crate) struct Tuned {
 impl Tuned {
     /// Replicas that can't keep the objectives with any dials.
     pub fn too_slow(&self) -> u32 {
-        self.weights.values().filter(|weight| **weight == 0.0).count() as u32
+        self.weights
+            .values()
+            .filter(|weight| **weight == 0.0)
+            .count() as u32
     }
 
     /// The fleet's model, the dials that it is judged by, and what a replica carries with them.

@@ -11,7 +11,7 @@ use stoker_engine::{
     Clock, Engine, EngineConfig, Event, Limits, Profile, RealClock, Request, RequestId,
     SimulatedExecutor,
 };
-use stoker_model::{KvMemory, LoadOptions, LoadedModel};
+use stoker_model::{Dtype, KvMemory, LoadOptions, LoadedModel};
 
 use crate::prompts::{Mix, Prompts, token_ids};
 use crate::stats::Summary;
@@ -22,7 +22,7 @@ pub struct DirectArgs {
     /// What runs the model
     #[arg(long, value_enum)]
     device: Device,
-    /// GGUF file, for --device cpu
+    /// GGUF file or folder of a checkpoint, for --device cpu and cuda
     #[arg(long)]
     model: Option<PathBuf>,
     /// GPU to imitate, for --device simulated: t4 or h100
@@ -44,10 +44,16 @@ pub struct DirectArgs {
     /// Token budget of a step
     #[arg(long, default_value_t = 512, value_parser = clap::value_parser!(u32).range(1..))]
     max_num_batched_tokens: u32,
+    /// What weights are kept as, for --device cuda
+    #[arg(long, value_enum, default_value = "auto")]
+    dtype: WeightType,
+    /// Most tokens of a sequence, for --device cpu and cuda [default: what the model was made for]
+    #[arg(long)]
+    max_model_len: Option<u32>,
     /// Threads that compute, for --device cpu [default: as many as the process may use]
     #[arg(long)]
     threads: Option<usize>,
-    /// Bytes of memory for the KV cache, for --device cpu
+    /// Bytes of memory for the KV cache, for --device cpu and cuda
     #[arg(long, default_value_t = 1 << 30)]
     kv_cache_memory_bytes: u64,
     /// Token ids that prompts are made of
@@ -63,7 +69,16 @@ pub struct DirectArgs {
 #[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
 enum Device {
     Cpu,
+    Cuda,
     Simulated,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum WeightType {
+    Auto,
+    Float16,
+    Int8,
+    Int4,
 }
 
 #[derive(Debug, Serialize, Deserialize)]
@@ -155,19 +170,33 @@ fn executor(args: &DirectArgs, clock: RealClock) -> Result<(String, Box<dyn Exec
             let name = format!("simulated-{}", profile.name);
             Ok((name, Box::new(SimulatedExecutor::new(profile, clock))))
         }
-        Device::Cpu => {
-            let path = args
-                .model
-                .as_deref()
-                .context("--device cpu needs --model, the path of a GGUF file")?;
+        Device::Cpu | Device::Cuda => {
+            let path = args.model.as_deref().context(
+                "--device cpu and cuda need --model, a GGUF file or the folder of a checkpoint",
+            )?;
+            let most = args.batch.iter().copied().max().unwrap_or(1);
+            let defaults = LoadOptions::default();
             let options = LoadOptions {
+                dtype: match args.dtype {
+                    WeightType::Auto => Dtype::Auto,
+                    WeightType::Float16 => Dtype::Float16,
+                    WeightType::Int8 => Dtype::Int8,
+                    WeightType::Int4 => Dtype::Int4,
+                },
+                max_model_len: args.max_model_len,
                 threads: args.threads,
                 kv_memory: KvMemory::Bytes(args.kv_cache_memory_bytes),
-                ..LoadOptions::default()
+                max_num_seqs: defaults.max_num_seqs.max(most),
+                max_num_batched_tokens: defaults
+                    .max_num_batched_tokens
+                    .max(args.max_num_batched_tokens),
             };
-            let model = LoadedModel::load(path, &options, &|_| {})?;
             let name = path.file_stem().unwrap_or_default().to_string_lossy();
-            Ok((name.into_owned(), Box::new(model.executor)))
+            let executor: Box<dyn Executor> = match args.device {
+                Device::Cuda => Box::new(LoadedModel::load_cuda(path, &options, &|_| {})?.executor),
+                _ => Box::new(LoadedModel::load(path, &options, &|_| {})?.executor),
+            };
+            Ok((name.into_owned(), executor))
         }
     }
 }

@@ -159,6 +159,11 @@ impl<E: Executor> Engine<E> {
         Ok(())
     }
 
+    /// The executor, for another engine. Steps in flight are given up.
+    pub fn into_executor(self) -> E {
+        self.executor
+    }
+
     /// Whether a request waits or runs, a step is in flight, or an event has not been returned.
     pub fn has_work(&self) -> bool {
         self.scheduler.has_work() || !self.aborted.is_empty()

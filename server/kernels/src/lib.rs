@@ -1,4 +1,4 @@
-//! The fused blocks that a transformer is made of, on the CPU.
+//! The fused blocks that a transformer is made of, on the CPU; [`cuda`] has them on a GPU.
 //!
 //! A layer is five calls: [`norm_qkv`] (with [`add_bias`] and [`norm_heads`] after it where an
 //! architecture asks for them), [`rope_attention`], [`output_residual`], [`norm_gate_up`],
@@ -15,6 +15,7 @@
 //! - Work is spread over the rayon pool that the caller runs in.
 //! - [`reference`] has the same blocks in plain loops; tests compare against it.
 
+pub mod cuda;
 pub mod reference;
 
 #[cfg(test)]

@@ -47,6 +47,11 @@ impl Rope {
         })
     }
 
+    /// (cosine, sine) of each pair, `[positions, rotated / 2]`.
+    pub fn rotations(&self) -> impl Iterator<Item = [f32; 2]> + '_ {
+        self.rotations.iter().map(|&(cos, sin)| [cos, sin])
+    }
+
     pub(crate) fn rotated(&self) -> usize {
         self.rotated
     }

@@ -4,6 +4,8 @@
 
 use std::{ops::Range, path::Path};
 
+use half::f16;
+
 use crate::{
     chat::ChatTemplate,
     config::{HuggingFaceConfig, ModelConfig},
@@ -152,6 +154,19 @@ impl Checkpoint {
         match self {
             Self::Gguf(file) => file.rows(tensor, rows),
             Self::HuggingFace(folder) => folder.weights.rows(tensor, rows),
+        }
+    }
+
+    /// The same as f16, into room for exactly these rows. What f16 can't hold becomes an infinity.
+    pub fn halves(
+        &self,
+        tensor: &TensorHandle,
+        rows: Range<usize>,
+        out: &mut [f16],
+    ) -> Result<(), LoadError> {
+        match self {
+            Self::Gguf(file) => file.halves(tensor, rows, out),
+            Self::HuggingFace(folder) => folder.weights.halves(tensor, rows, out),
         }
     }
 }

@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use stoker_kernels::KernelError;
+use stoker_kernels::{KernelError, cuda::CudaError};
 use thiserror::Error;
 
 #[derive(Debug, Error)]
@@ -75,6 +75,12 @@ pub enum LoadError {
     Threads { threads: usize, message: String },
     #[error("the model can't be set up for the CPU: {0}")]
     Kernel(#[from] KernelError),
+    #[error("--device cuda: {0}")]
+    Cuda(#[from] CudaError),
+    #[error(
+        "--device cuda: the model attends within a window of {window} tokens, which isn't supported on a GPU beyond it; lower --max-model-len from {max_model_len} to {window}, or use --device cpu"
+    )]
+    Window { window: usize, max_model_len: u32 },
     #[error("the option --{name} is {value}, but must be {expected}")]
     Option {
         name: &'static str,

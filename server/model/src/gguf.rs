@@ -11,6 +11,7 @@ use std::{
 };
 
 use candle_core::quantized::gguf_file::{Content, Value};
+use half::f16;
 
 use crate::{
     error::LoadError,
@@ -92,6 +93,19 @@ impl GgufFile {
     /// Reads and dequantises some rows.
     pub fn rows(&self, tensor: &TensorHandle, rows: Range<usize>) -> Result<Vec<f32>, LoadError> {
         tensor::read_rows(&self.file, tensor, rows).map_err(|message| LoadError::Format {
+            path: self.path.clone(),
+            message: format!("tensor {}: {message}", tensor.name),
+        })
+    }
+
+    /// The same as f16.
+    pub fn halves(
+        &self,
+        tensor: &TensorHandle,
+        rows: Range<usize>,
+        out: &mut [f16],
+    ) -> Result<(), LoadError> {
+        tensor::read_halves(&self.file, tensor, rows, out).map_err(|message| LoadError::Format {
             path: self.path.clone(),
             message: format!("tensor {}: {message}", tensor.name),
         })

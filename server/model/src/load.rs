@@ -3,8 +3,8 @@
 use std::{fmt, path::Path, sync::Arc};
 
 use crate::{
-    chat::ChatTemplate, checkpoint::Checkpoint, cpu::CpuExecutor, error::LoadError,
-    tokenizer::Tokenizer,
+    chat::ChatTemplate, checkpoint::Checkpoint, cpu::CpuExecutor, cuda::CudaExecutor,
+    error::LoadError, tokenizer::Tokenizer,
 };
 
 /// How much memory the KV cache gets.
@@ -16,8 +16,33 @@ pub enum KvMemory {
     Utilization(f64),
 }
 
+/// What weights are kept as.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Dtype {
+    /// f16.
+    #[default]
+    Auto,
+    Float16,
+    /// 8 bits, with a scale for every 128 weights of a row.
+    Int8,
+    /// 4 bits, likewise.
+    Int4,
+}
+
+impl fmt::Display for Dtype {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Auto => "auto",
+            Self::Float16 => "float16",
+            Self::Int8 => "int8",
+            Self::Int4 => "int4",
+        })
+    }
+}
+
 #[derive(Clone, Debug)]
 pub struct LoadOptions {
+    pub dtype: Dtype,
     /// `None`: the model's own context length.
     pub max_model_len: Option<u32>,
     pub kv_memory: KvMemory,
@@ -32,6 +57,7 @@ pub struct LoadOptions {
 impl Default for LoadOptions {
     fn default() -> Self {
         Self {
+            dtype: Dtype::Auto,
             max_model_len: None,
             kv_memory: KvMemory::Utilization(0.9),
             threads: None,
@@ -84,8 +110,8 @@ pub struct ModelInfo {
     pub threads: usize,
 }
 
-pub struct LoadedModel {
-    pub executor: CpuExecutor,
+pub struct LoadedModel<E = CpuExecutor> {
+    pub executor: E,
     pub tokenizer: Arc<Tokenizer>,
     pub chat_template: Arc<ChatTemplate>,
     pub info: ModelInfo,
@@ -99,16 +125,45 @@ impl LoadedModel {
         options: &LoadOptions,
         progress: &dyn Fn(Progress),
     ) -> Result<Self, LoadError> {
+        Self::load_with(path, options, progress, CpuExecutor::load)
+    }
+}
+
+impl LoadedModel<CudaExecutor> {
+    /// The same onto the first GPU that the process may use.
+    pub fn load_cuda(
+        path: &Path,
+        options: &LoadOptions,
+        progress: &dyn Fn(Progress),
+    ) -> Result<Self, LoadError> {
+        Self::load_with(path, options, progress, CudaExecutor::load)
+    }
+}
+
+/// Sets up an executor: checkpoint, tokenizer, options, progress (phase and share of the whole).
+type LoadExecutor<E> = fn(
+    &Checkpoint,
+    &Tokenizer,
+    &LoadOptions,
+    &dyn Fn(LoadPhase, f32),
+) -> Result<(E, ModelInfo), LoadError>;
+
+impl<E> LoadedModel<E> {
+    fn load_with(
+        path: &Path,
+        options: &LoadOptions,
+        progress: &dyn Fn(Progress),
+        load_executor: LoadExecutor<E>,
+    ) -> Result<Self, LoadError> {
         let report = |phase, percent| progress(Progress { phase, percent });
         report(LoadPhase::Header, 0.0);
         let checkpoint = Checkpoint::open(path)?;
         report(LoadPhase::Tokenizer, 1.0);
         let tokenizer = Arc::new(checkpoint.tokenizer()?);
         let chat_template = Arc::new(checkpoint.chat_template(&tokenizer)?);
-        let (executor, info) =
-            CpuExecutor::load(&checkpoint, &tokenizer, options, &|phase, share| {
-                report(phase, 3.0 + 97.0 * share);
-            })?;
+        let (executor, info) = load_executor(&checkpoint, &tokenizer, options, &|phase, share| {
+            report(phase, 3.0 + 97.0 * share);
+        })?;
         report(LoadPhase::KvCache, 100.0);
         Ok(Self {
             executor,

@@ -10,6 +10,7 @@ use std::{
 };
 
 use candle_core::quantized::GgmlDType;
+use half::f16;
 use safetensors::{Dtype, tensor::Metadata};
 use serde::Deserialize;
 
@@ -164,14 +165,29 @@ impl SafetensorsFolder {
 
     /// Reads some rows.
     pub fn rows(&self, tensor: &TensorHandle, rows: Range<usize>) -> Result<Vec<f32>, LoadError> {
-        let shard = self
-            .files
+        let shard = self.shard_of(tensor)?;
+        tensor::read_rows(&shard.file, tensor, rows)
+            .map_err(|message| shard.error(format!("tensor {}: {message}", tensor.name)))
+    }
+
+    /// The same as f16.
+    pub fn halves(
+        &self,
+        tensor: &TensorHandle,
+        rows: Range<usize>,
+        out: &mut [f16],
+    ) -> Result<(), LoadError> {
+        let shard = self.shard_of(tensor)?;
+        tensor::read_halves(&shard.file, tensor, rows, out)
+            .map_err(|message| shard.error(format!("tensor {}: {message}", tensor.name)))
+    }
+
+    fn shard_of(&self, tensor: &TensorHandle) -> Result<&Shard, LoadError> {
+        self.files
             .get(tensor.file)
             .ok_or_else(|| LoadError::MissingTensor {
                 name: tensor.name.clone(),
-            })?;
-        tensor::read_rows(&shard.file, tensor, rows)
-            .map_err(|message| shard.error(format!("tensor {}: {message}", tensor.name)))
+            })
     }
 }
 

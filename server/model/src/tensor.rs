@@ -10,6 +10,8 @@ use candle_core::{
     quantized::{GgmlDType, QStorage, QTensor},
 };
 
+use half::{bf16, f16, slice::HalfFloatSliceExt};
+
 use crate::error::LoadError;
 
 /// Where a tensor lies: a row-major matrix, or a vector as one row.
@@ -77,6 +79,11 @@ impl TensorHandle {
 }
 
 impl HalvedHeads {
+    /// The rows of the heads that some rows belong to, of `all`.
+    fn whole(self, rows: &Range<usize>, all: usize) -> Range<usize> {
+        rows.start / self.size * self.size..rows.end.next_multiple_of(self.size).min(all)
+    }
+
     /// Where the element that belongs at `index` stands in the file.
     fn source(self, index: usize) -> usize {
         let (head, dimension) = (index / self.size, index % self.size);
@@ -100,8 +107,7 @@ pub(crate) fn read_rows(
         let values = read_in_order(file, tensor, 0..1)?;
         return Ok((0..values.len()).map(|i| values[heads.source(i)]).collect());
     }
-    let whole = rows.start / heads.size * heads.size
-        ..rows.end.next_multiple_of(heads.size).min(tensor.rows);
+    let whole = heads.whole(&rows, tensor.rows);
     let values = read_in_order(file, tensor, whole.clone())?;
     let mut ordered = Vec::with_capacity(rows.len() * tensor.cols);
     for row in rows {
@@ -111,17 +117,63 @@ pub(crate) fn read_rows(
     Ok(ordered)
 }
 
-fn read_in_order(
+/// [`read_rows`] as f16, into `out`, which has room for exactly these rows. What f16 can't hold
+/// becomes an infinity.
+pub(crate) fn read_halves(
     file: &File,
     tensor: &TensorHandle,
     rows: Range<usize>,
-) -> Result<Vec<f32>, String> {
+    out: &mut [f16],
+) -> Result<(), String> {
+    match (tensor.heads, tensor.dtype) {
+        (None, GgmlDType::F16) => {
+            let bytes = read_bytes(file, tensor, rows)?;
+            let halves = bytes.as_chunks::<2>().0;
+            for (out, &bytes) in out.iter_mut().zip(halves) {
+                *out = f16::from_le_bytes(bytes);
+            }
+        }
+        (None, GgmlDType::BF16) => {
+            let bytes = read_bytes(file, tensor, rows)?;
+            let halves = bytes.as_chunks::<2>().0;
+            for (out, &bytes) in out.iter_mut().zip(halves) {
+                *out = f16::from_f32(bf16::from_le_bytes(bytes).to_f32());
+            }
+        }
+        (None, _) => out.convert_from_f32_slice(&read_in_order(file, tensor, rows)?),
+        (Some(heads), _) => {
+            let whole = heads.whole(&rows, tensor.rows);
+            let mut ordered = vec![f16::ZERO; whole.len() * tensor.cols];
+            let plain = TensorHandle {
+                heads: None,
+                ..tensor.clone()
+            };
+            read_halves(file, &plain, whole.clone(), &mut ordered)?;
+            for (row, out) in rows.zip(out.chunks_exact_mut(tensor.cols)) {
+                let at = (heads.source(row) - whole.start) * tensor.cols;
+                out.copy_from_slice(&ordered[at..at + tensor.cols]);
+            }
+        }
+    }
+    Ok(())
+}
+
+fn read_bytes(file: &File, tensor: &TensorHandle, rows: Range<usize>) -> Result<Vec<u8>, String> {
     let mut bytes = vec![0; rows.len() * tensor.row_bytes];
     let offset = tensor
         .offset
         .saturating_add((rows.start * tensor.row_bytes) as u64);
     file.read_exact_at(&mut bytes, offset)
         .map_err(|e| format!("{} bytes at {offset}: {e}", bytes.len()))?;
+    Ok(bytes)
+}
+
+fn read_in_order(
+    file: &File,
+    tensor: &TensorHandle,
+    rows: Range<usize>,
+) -> Result<Vec<f32>, String> {
+    let bytes = read_bytes(file, tensor, rows.clone())?;
     QStorage::from_data(Cow::Owned(bytes), &Device::Cpu, tensor.dtype)
         .and_then(|storage| QTensor::new(storage, (rows.len(), tensor.cols)))
         .and_then(|q| q.dequantize(&Device::Cpu)?.flatten_all()?.to_vec1())
@@ -160,7 +212,40 @@ mod tests {
                     .flat_map(|&row| [row as f32, row as f32 + 0.5])
                     .collect();
                 assert_eq!(read_rows(&file, &tensor, start..end).unwrap(), expected);
+                let mut halves = vec![f16::ZERO; expected.len()];
+                read_halves(&file, &tensor, start..end, &mut halves).unwrap();
+                assert_eq!(halves.to_f32_vec(), expected);
             }
+        }
+    }
+
+    #[test]
+    fn halves_come_from_any_type_and_overflow_to_infinity() {
+        let values = [1.5, -0.25, 60000.0, 1e5];
+        let bytes = |write: &dyn Fn(f32) -> Vec<u8>| {
+            let mut file = tempfile::tempfile().unwrap();
+            for value in values {
+                file.write_all(&write(value)).unwrap();
+            }
+            file
+        };
+        for (dtype, file) in [
+            (GgmlDType::F32, file_of(&values)),
+            (
+                GgmlDType::F16,
+                bytes(&|v| f16::from_f32(v).to_le_bytes().into()),
+            ),
+            (
+                GgmlDType::BF16,
+                bytes(&|v| bf16::from_f32(v).to_le_bytes().into()),
+            ),
+        ] {
+            let tensor = TensorHandle::new("w", &[2, 2], dtype, 0, 0).unwrap();
+            let mut halves = vec![f16::NAN; 4];
+            read_halves(&file, &tensor, 0..2, &mut halves).unwrap();
+            assert_eq!(halves[..2], [f16::from_f32(1.5), f16::from_f32(-0.25)]);
+            assert!((halves[2].to_f32() - 60000.0).abs() < 200.0, "{dtype:?}");
+            assert!(halves[3].is_infinite(), "{dtype:?}");
         }
     }
 

@@ -51,8 +51,15 @@ fn holds(outcome: &Outcome, dearer: f64) {
     let score = outcome.score;
     println!("{score:?}\nhealthy: {:?}", healthy().score);
     assert!(score.good >= 99.0, "{score:?}");
-    assert!(worst_stretch(outcome) >= 95.0, "{:?}", worst_stretch(outcome));
-    assert!(score.reversals <= healthy().score.reversals + 2, "{score:?}");
+    assert!(
+        worst_stretch(outcome) >= 95.0,
+        "{:?}",
+        worst_stretch(outcome)
+    );
+    assert!(
+        score.reversals <= healthy().score.reversals + 2,
+        "{score:?}"
+    );
     let dear = score.replica_hours / healthy().score.replica_hours;
     assert!(dear <= dearer, "{dear} times as dear: {score:?}");
 }
@@ -123,7 +130,10 @@ fn a_replica_three_times_slower() {
     // One replica is paid for and of little use.
     holds(&outcome, 1.5);
     let reasons = said(&outcome, 120.0, 600.0);
-    assert!(reasons.iter().any(|r| r.contains("any dials")), "{reasons:?}");
+    assert!(
+        reasons.iter().any(|r| r.contains("any dials")),
+        "{reasons:?}"
+    );
 }
 
 #[test]
@@ -150,7 +160,10 @@ fn nodes_never_come() {
     // What can be done with four is done: as good as a fleet of four all day.
     let four = setup(Vec::new()).with_replicas(4);
     let mut held = Stoker::new(&four).with_replicas_held(4);
-    let (ours, theirs) = (outcome.score.good, simulate(&four, &day, &mut held).score.good);
+    let (ours, theirs) = (
+        outcome.score.good,
+        simulate(&four, &day, &mut held).score.good,
+    );
     println!("{ours} % good, {theirs} with four all day");
     assert!(ours >= theirs - 1.0, "{ours} of {theirs}");
     // Whenever pods have found no node for a minute, the reason says so.
@@ -168,7 +181,13 @@ fn nodes_never_come() {
 fn the_api_server_refuses_writes_for_two_minutes() {
     // From when the last replica for the peak would be ordered.
     let peak = most(healthy(), |p| p.desired);
-    let raise = healthy().timeline.iter().find(|p| p.desired == peak).unwrap().t - 10.0;
+    let raise = healthy()
+        .timeline
+        .iter()
+        .find(|p| p.desired == peak)
+        .unwrap()
+        .t
+        - 10.0;
     let refused = raise..raise + 120.0;
     let outcome = run(vec![Fault::WritesRefused {
         during: refused.clone(),

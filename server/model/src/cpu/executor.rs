@@ -16,7 +16,7 @@ use super::{Forward, Input, Weights, memory};
 use crate::{
     checkpoint::Checkpoint,
     error::LoadError,
-    load::{LoadOptions, LoadPhase, ModelInfo},
+    load::{Dtype, LoadOptions, LoadPhase, ModelInfo},
     tokenizer::Tokenizer,
 };
 
@@ -59,6 +59,13 @@ impl CpuExecutor {
                     expected: "at least 1",
                 });
             }
+        }
+        if !matches!(options.dtype, Dtype::Auto | Dtype::Float16) {
+            return Err(LoadError::Option {
+                name: "dtype",
+                value: options.dtype.to_string(),
+                expected: "auto or float16 with --device cpu",
+            });
         }
         let pool = thread_pool(options.threads)?;
         let weights = Weights::load(checkpoint, &config, &pool, &|share| {

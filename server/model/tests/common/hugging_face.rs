@@ -117,6 +117,34 @@ impl HuggingFace {
         model
     }
 
+    /// The same plan in sizes that the GPU's kernels take: heads of 64, columns in groups of 128.
+    pub fn for_gpu(mut self) -> Self {
+        const HIDDEN: usize = 256;
+        const INNER: usize = 384;
+        const SIZE: usize = 64;
+        let heads = self.size("num_attention_heads") * SIZE;
+        let keys = self.size("num_key_value_heads") * SIZE;
+        self.set(json!({"hidden_size": HIDDEN, "intermediate_size": INNER, "head_dim": SIZE}));
+        let names: Vec<String> = self.tensors.keys().cloned().collect();
+        for name in names {
+            let part = name.trim_end_matches(".weight").rsplit('.').next();
+            let shape = match part.unwrap() {
+                "embed_tokens" | "lm_head" => vec![VOCAB, HIDDEN],
+                "q_proj" => vec![heads, HIDDEN],
+                "k_proj" | "v_proj" => vec![keys, HIDDEN],
+                "o_proj" => vec![HIDDEN, heads],
+                "gate_proj" | "up_proj" => vec![INNER, HIDDEN],
+                "down_proj" => vec![HIDDEN, INNER],
+                "q_norm" | "k_norm" => vec![SIZE],
+                "bias" if name.contains("q_proj") => vec![heads],
+                "bias" => vec![keys],
+                _ => vec![HIDDEN],
+            };
+            self.tensor(&name, &shape);
+        }
+        self
+    }
+
     fn new(class: &str, heads: usize, kv_heads: usize, head_size: usize) -> Self {
         let mut model = Self {
             config: json!({

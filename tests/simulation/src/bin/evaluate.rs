@@ -140,7 +140,11 @@ fn advised(case: &str, trace: &Trace, setup: &Setup, program: &Path, args: &Args
         values.get(values.len() / 2).copied().unwrap_or(0)
     };
     let budget = usual(|dials| dials.max_num_batched_tokens);
-    println!("## {case}: {} requests in {:.0} min\n", trace.requests.len(), trace.duration / 60.0);
+    println!(
+        "## {case}: {} requests in {:.0} min\n",
+        trace.requests.len(),
+        trace.duration / 60.0
+    );
     println!("| policy | setting | good % | strict % | replica-h | reversals |");
     println!("| --- | --- | ---: | ---: | ---: | ---: |");
     let line = |name: &str, setting: &str, score: &Score| {
@@ -155,7 +159,10 @@ fn advised(case: &str, trace: &Trace, setup: &Setup, program: &Path, args: &Args
     budgets.push(budget);
     budgets.sort_unstable();
     budgets.dedup();
-    let reactive: Vec<Peer> = Peer::ALL.into_iter().filter(|p| *p != Peer::Fixed).collect();
+    let reactive: Vec<Peer> = Peer::ALL
+        .into_iter()
+        .filter(|p| *p != Peer::Fixed)
+        .collect();
     let settings = tuning::grid(&reactive, &args.peers_at_caps, &budgets);
     let scores = tuning::scores(&settings, &setup, trace, setup.backend, args.threads);
     for peer in reactive {
@@ -165,7 +172,11 @@ fn advised(case: &str, trace: &Trace, setup: &Setup, program: &Path, args: &Args
         match of.max_by(|a, b| a.1.good.total_cmp(&b.1.good)) {
             Some((setting, score)) => {
                 let (cap, budget) = (setting.max_num_seqs, setting.max_num_batched_tokens);
-                line(peer.name(), &format!("{cap} / {budget}, {}", setting.parameter), score);
+                line(
+                    peer.name(),
+                    &format!("{cap} / {budget}, {}", setting.parameter),
+                    score,
+                );
             }
             None => println!("| {} | none as cheap | | | | |", peer.name()),
         }
@@ -179,16 +190,16 @@ fn advised(case: &str, trace: &Trace, setup: &Setup, program: &Path, args: &Args
 fn peers(traces: &[(&str, Trace)], setup: &Setup, args: &Args) {
     let settings = tuning::grid(&Peer::ALL, &args.peers_at_caps, &args.peers_at_budgets);
     let scores: Vec<_> = (traces.iter())
-        .map(|(_, trace)| {
-            tuning::scores(&settings, setup, trace, Backend::Surrogate, args.threads)
-        })
+        .map(|(_, trace)| tuning::scores(&settings, setup, trace, Backend::Surrogate, args.threads))
         .collect();
     let of = |place: usize| scores.iter().filter_map(move |on| Some(on.get(place)?.1));
     println!("| peer | cap / budget, parameter | hours | good % @ hours of each |");
     println!("| --- | --- | ---: | --- |");
     for peer in Peer::ALL {
         let places = (0..settings.len()).filter(|place| {
-            settings.get(*place).is_some_and(|setting| setting.peer == peer)
+            settings
+                .get(*place)
+                .is_some_and(|setting| setting.peer == peer)
         });
         let hours = |place: usize| of(place).map(|score| score.replica_hours).sum::<f64>();
         let worst = |place: usize| of(place).map(|score| score.good).fold(100.0, f64::min);
@@ -256,7 +267,9 @@ fn calibrate(setup: &Setup, mix: &Mix, threads: usize) {
         let expected = expected / outlooks.len() as f64;
         (size, load, carries, dials, expected, measured)
     });
-    println!("| replicas | load | requests/s each | cap / budget | expected % | measured % | of which late, slow % | ratio |");
+    println!(
+        "| replicas | load | requests/s each | cap / budget | expected % | measured % | of which late, slow % | ratio |"
+    );
     println!("| ---: | ---: | ---: | --- | ---: | ---: | ---: | ---: |");
     for (size, load, carries, dials, expected, (measured, late, slow)) in rows {
         let dials = dials.map_or(String::new(), |d| {

@@ -104,8 +104,8 @@ impl Peer {
     /// Parameters to try, from the dearest to the cheapest.
     pub fn grid(self) -> &'static [f64] {
         const CONCURRENCY: &[f64] = &[
-            1.0, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 9.0, 10.0, 11.0, 12.0, 13.0, 14.0, 15.0,
-            16.0, 18.0, 20.0,
+            1.0, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 9.0, 10.0, 11.0, 12.0, 13.0, 14.0,
+            15.0, 16.0, 18.0, 20.0,
         ];
         match self {
             Peer::Fixed => &[

@@ -1,8 +1,6 @@
 //! stoker-autoscaler's `decide()`, called as the operator calls it.
 
-use stoker_autoscaler::{
-    DialRange, Dials, Limits, Memory, Objectives, Outlook, Without, decide,
-};
+use stoker_autoscaler::{DialRange, Dials, Limits, Memory, Objectives, Outlook, Without, decide};
 
 use super::action;
 use crate::fleet::{Action, EPOCH, Policy, Setup, View};
@@ -83,7 +81,9 @@ impl Stoker {
             ("+ memory: the whole", without(false, false)),
         ];
         let parts = parts.into_iter();
-        parts.map(|(name, ours)| (name, setup.clone(), ours)).collect()
+        parts
+            .map(|(name, ours)| (name, setup.clone(), ours))
+            .collect()
     }
 
     /// So many replicas, whatever it thinks: to compare what it expects with what comes.

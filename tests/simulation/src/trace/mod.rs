@@ -65,6 +65,23 @@ impl Trace {
         Trace::new(format!("{} *{factor}", self.name), requests.collect())
     }
 
+    /// The same shape of load in a `factor`-th of the time: every `factor`-th request, so that the
+    /// rates stay.
+    pub fn hastened(&self, factor: u32) -> Self {
+        let factor = factor.max(1);
+        let requests = self.requests.iter().step_by(factor as usize);
+        Trace {
+            name: format!("{} /{factor}", self.name),
+            requests: requests
+                .map(|request| Request {
+                    arrival: request.arrival / f64::from(factor),
+                    ..*request
+                })
+                .collect(),
+            duration: self.duration / f64::from(factor),
+        }
+    }
+
     /// The first `seconds` of the trace.
     pub fn first(&self, seconds: f64) -> Self {
         self.between(0.0, seconds)

@@ -18,11 +18,7 @@ pub enum Unseen {
 const DRAWN: usize = 20_000;
 
 impl Unseen {
-    pub const ALL: [Unseen; 3] = [
-        Unseen::CodeCompletion,
-        Unseen::LongChat,
-        Unseen::UpAndDown,
-    ];
+    pub const ALL: [Unseen; 3] = [Unseen::CodeCompletion, Unseen::LongChat, Unseen::UpAndDown];
 
     pub fn name(self) -> &'static str {
         match self {

@@ -1,0 +1,206 @@
+// Few rows times a weight matrix, bound by reading the weights: decoding.
+//
+// The weights are the A operand of mma.m16n8k16, read once from global memory into registers,
+// row-major as they are stored. k is permuted so that a lane's 16 bytes (8 values of one row) feed
+// two mma steps: the permutation is the same for both operands, so the sum doesn't change. The
+// warps of a block split k (a chunk of 32 each in turn) and sum up in shared memory. A block takes
+// tile after tile, the next one's weights on their way while it sums up one. The first chunks are on their way before the kernel before this one has ended.
+#include "common.cuh"
+
+struct Skinny {
+    const half* w;  // [m, k]
+    const half* x;  // [n, k]
+    // Sums of squares of x before its norm's weight, [n, square_parts]: the norm's scale is applied
+    // to the output. Null: x is used as it is.
+    const float* squares;
+    half* out;         // QKV: [n, m]; GATE_UP: [n, m / 2]
+    float* residual;   // RESIDUAL: [n, m], added to
+    const float* next_norm;  // RESIDUAL: weight [m] of the norm that comes next
+    half* next;              // RESIDUAL: [n, m], residual times that weight
+    float* next_squares;     // RESIDUAL: [n, tiles]
+    float* logits;           // HEAD: [n, m]
+    int m, k, n;
+    int square_parts;
+    float epsilon;
+};
+
+enum Op { QKV, RESIDUAL, GATE_UP, HEAD };
+
+template <int OP, int WARPS, int MT, int NT, int STAGES>
+__device__ __forceinline__ void skinny(const Skinny& p) {
+    constexpr int ROWS = 16 * MT, COLUMNS = 8 * NT, THREADS = 32 * WARPS;
+    constexpr int PITCH = ROWS + 4;
+    __shared__ float sums[WARPS][COLUMNS][PITCH];
+    __shared__ float scales[COLUMNS];
+    let_next_begin();
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    const int g = lane / 4, t = lane % 4;
+    const int chunks = p.k / 32;
+    // Turns of a warp in a tile, made whole rounds of the stages.
+    const int turns = ((chunks + WARPS - 1) / WARPS + STAGES - 1) / STAGES * STAGES;
+    const int tiles = (p.m + ROWS - 1) / ROWS;
+
+    // Where the next weights come from: a tile, and the warp's turn in it. The last tile is moved up
+    // to end with the matrix; its first rows are another one's then.
+    int next_tile = blockIdx.x, next_turn = 0;
+    const half* w[MT];
+    auto enter_tile = [&]() {
+#pragma unroll
+        for (int i = 0; i < MT; i++) {
+            int row = min(next_tile * ROWS + 16 * i, p.m - 16) + g;
+            w[i] = p.w + (size_t)row * p.k + t * 8;
+        }
+    };
+    enter_tile();
+    const size_t eight_rows = (size_t)8 * p.k;
+    const half* x[NT];
+#pragma unroll
+    for (int j = 0; j < NT; j++) x[j] = p.x + (size_t)min(8 * j + g, p.n - 1) * p.k + t * 8;
+
+    uint4 a[STAGES][MT][2], b[STAGES][NT];
+    const uint4 zero = make_uint4(0, 0, 0, 0);
+    auto load_a = [&](int s) {
+        int chunk = warp + next_turn * WARPS;
+        bool there = chunk < chunks && next_tile < tiles;
+#pragma unroll
+        for (int i = 0; i < MT; i++) {
+            a[s][i][0] = a[s][i][1] = zero;
+            if (there) {
+                a[s][i][0] = load_once(w[i] + chunk * 32);
+                a[s][i][1] = load_once(w[i] + eight_rows + chunk * 32);
+            }
+        }
+        if (++next_turn == turns) {
+            next_turn = 0, next_tile += gridDim.x;
+            if (next_tile < tiles) enter_tile();
+        }
+    };
+    auto load_b = [&](int s, int chunk) {
+#pragma unroll
+        for (int j = 0; j < NT; j++)
+            b[s][j] = chunk < chunks ? *(const uint4*)(x[j] + chunk * 32) : zero;
+    };
+
+#pragma unroll
+    for (int s = 0; s < STAGES; s++) load_a(s);
+    wait_for_previous();
+#pragma unroll
+    for (int s = 0; s < STAGES; s++) load_b(s, warp + s * WARPS);
+    if (OP != RESIDUAL) {
+        for (int n = warp; n < COLUMNS; n += WARPS) {
+            float scale = 1.0f;
+            if (p.squares && n < p.n) {
+                float sum = 0.0f;
+                for (int i = lane; i < p.square_parts; i += 32)
+                    sum += p.squares[n * p.square_parts + i];
+                scale = rsqrtf(sum_lanes(sum) / p.k + p.epsilon);
+            }
+            if (lane == 0) scales[n] = scale;
+        }
+    }
+    constexpr int OUTS = (ROWS * COLUMNS + THREADS - 1) / THREADS;
+    for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
+        const int first = tile * ROWS;
+        // What the end needs of the residual, asked for early.
+        float residual[OUTS];
+        if (OP == RESIDUAL) {
+#pragma unroll
+            for (int o = 0; o < OUTS; o++) {
+                int index = o * THREADS + threadIdx.x;
+                int row = first + index % ROWS, n = index / ROWS;
+                residual[o] = row < p.m && n < p.n && n < COLUMNS ? p.residual[(size_t)n * p.m + row] : 0.0f;
+            }
+        }
+
+        float c[MT][NT][4] = {};
+        for (int turn = 0; turn < turns; turn += STAGES) {
+#pragma unroll
+            for (int s = 0; s < STAGES; s++) {
+#pragma unroll
+                for (int i = 0; i < MT; i++)
+#pragma unroll
+                    for (int j = 0; j < NT; j++) {
+                        mma(c[i][j], a[s][i][0].x, a[s][i][1].x, a[s][i][0].y, a[s][i][1].y, b[s][j].x, b[s][j].y);
+                        mma(c[i][j], a[s][i][0].z, a[s][i][1].z, a[s][i][0].w, a[s][i][1].w, b[s][j].z, b[s][j].w);
+                    }
+                load_a(s);
+                // After a tile's last turns come the first of the next: the same x again.
+                int next = turn + s + STAGES;
+                load_b(s, warp + (next < turns ? next : next - turns) * WARPS);
+            }
+        }
+        // The tile before has been summed up.
+        if (tile != blockIdx.x) __syncthreads();
+#pragma unroll
+        for (int i = 0; i < MT; i++)
+#pragma unroll
+            for (int j = 0; j < NT; j++)
+#pragma unroll
+                for (int e = 0; e < 4; e++)
+                    sums[warp][8 * j + 2 * t + e % 2][16 * i + g + 8 * (e / 2)] = c[i][j][e];
+        __syncthreads();
+        auto total = [&](int row, int n) {
+            float sum = 0.0f;
+#pragma unroll
+            for (int i = 0; i < WARPS; i++) sum += sums[i][n][row];
+            return sum;
+        };
+
+        if (OP == GATE_UP) {
+            // Of 16 rows the first 8 are gates, the others the ups of the same outputs.
+            for (int index = threadIdx.x; index < ROWS / 2 * COLUMNS; index += THREADS) {
+                int out = index % (ROWS / 2), n = index / (ROWS / 2);
+                int row = out / 8 * 16 + out % 8;
+                if (n < p.n && first + row < p.m) {
+                    float gate = total(row, n) * scales[n], up = total(row + 8, n) * scales[n];
+                    p.out[(size_t)n * (p.m / 2) + first / 2 + out] = finite_half(silu(gate) * up);
+                }
+            }
+            continue;
+        }
+#pragma unroll
+        for (int o = 0; o < OUTS; o++) {
+            int index = o * THREADS + threadIdx.x;
+            int row = index % ROWS, n = index / ROWS;
+            // Where this row stands in its tile, which may have been moved up.
+            int base = first + row / 16 * 16;
+            int place = row + base - min(base, p.m - 16);
+            bool there = n < p.n && n < COLUMNS && first + row < p.m;
+            float v = there ? total(place, n) : 0.0f;
+            size_t at = (size_t)n * p.m + first + row;
+            if (OP == QKV && there) p.out[at] = finite_half(v * scales[n]);
+            if (OP == HEAD && there) p.logits[at] = v * scales[n];
+            if (OP == RESIDUAL) {
+                v = there ? v + residual[o] : 0.0f;
+                if (there) {
+                    p.residual[at] = v;
+                    p.next[at] = finite_half(v * p.next_norm[first + row]);
+                }
+                float square = sum_lanes<ROWS>(v * v);
+                if (there && row == 0) p.next_squares[n * tiles + tile] = square;
+            }
+        }
+    }
+}
+
+#define SKINNY(OP, NAME, W, MT, NT, ST)                                              \
+    KERNEL __launch_bounds__(32 * W) skinny_##NAME##_w##W##_m##MT##_n##NT(           \
+        const __grid_constant__ Skinny p) {                                          \
+        skinny<OP, W, MT, NT, ST>(p);                                                \
+    }
+#define SKINNY_TILES(OP, NAME)    \
+    SKINNY(OP, NAME, 4, 1, 1, 4)  \
+    SKINNY(OP, NAME, 8, 1, 1, 4)  \
+    SKINNY(OP, NAME, 4, 2, 1, 4)  \
+    SKINNY(OP, NAME, 8, 2, 1, 4)  \
+    SKINNY(OP, NAME, 4, 1, 2, 4)  \
+    SKINNY(OP, NAME, 8, 1, 2, 4)  \
+    SKINNY(OP, NAME, 4, 2, 2, 3)  \
+    SKINNY(OP, NAME, 8, 2, 2, 3)  \
+    SKINNY(OP, NAME, 4, 2, 4, 2)  \
+    SKINNY(OP, NAME, 8, 1, 4, 3)  \
+    SKINNY(OP, NAME, 8, 2, 4, 2)
+SKINNY_TILES(QKV, qkv)
+SKINNY_TILES(RESIDUAL, residual)
+SKINNY_TILES(GATE_UP, gate_up)
+SKINNY_TILES(HEAD, head)

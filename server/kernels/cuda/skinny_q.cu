@@ -1,0 +1,243 @@
+// Few rows times a weight matrix of 8 or 4 bits: skinny.cu's way, with what is read unpacked in
+// registers.
+//
+// A warp takes one group of 128 values along k in a turn: the unscaled products of a group are
+// summed on tensor cores, then scaled into the sum. k is permuted as in skinny.cu.
+#include "quantised.cuh"
+
+struct SkinnyQ {
+    const unsigned char* w;  // [m, k], packed
+    const half* scales;      // [k / 128, m]
+    const half* x;           // [n, k]
+    // As in skinny.cu.
+    const float* squares;
+    half* out;
+    float* residual;
+    const float* next_norm;
+    half* next;
+    float* next_squares;
+    float* logits;
+    int m, k, n;
+    int square_parts;
+    float epsilon;
+};
+
+enum Op { QKV, RESIDUAL, GATE_UP, HEAD };
+
+template <int OP, int BITS, int WARPS, int MT, int NT, int STAGES>
+__device__ __forceinline__ void skinny(const SkinnyQ& p) {
+    constexpr int ROWS = 16 * MT, COLUMNS = 8 * NT, THREADS = 32 * WARPS;
+    constexpr int PITCH = ROWS + 4;
+    // 16-byte loads of a lane for a group of a row.
+    constexpr int LOADS = BITS / 4;
+    __shared__ float sums[WARPS][COLUMNS][PITCH];
+    __shared__ float norm_scales[COLUMNS];
+    let_next_begin();
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    const int g = lane / 4, t = lane % 4;
+    const int groups = p.k / GROUP;
+    // Turns of a warp in a tile, made whole rounds of the stages.
+    const int turns = ((groups + WARPS - 1) / WARPS + STAGES - 1) / STAGES * STAGES;
+    const int tiles = (p.m + ROWS - 1) / ROWS;
+    const size_t row_bytes = (size_t)groups * GROUP_BYTES<BITS>;
+
+    int next_tile = blockIdx.x, next_turn = 0;
+    const unsigned char* w[MT];
+    const half* scales[MT];
+    auto enter_tile = [&]() {
+#pragma unroll
+        for (int i = 0; i < MT; i++) {
+            int row = min(next_tile * ROWS + 16 * i, p.m - 16) + g;
+            w[i] = p.w + row * row_bytes + t * 16;
+            scales[i] = p.scales + row;
+        }
+    };
+    enter_tile();
+    const half* x[NT];
+#pragma unroll
+    for (int j = 0; j < NT; j++) x[j] = p.x + (size_t)min(8 * j + g, p.n - 1) * p.k + t * 8;
+
+    uint4 a[STAGES][MT][2][LOADS];
+    half a_scale[STAGES][MT][2];
+    auto load = [&](int s) {
+        int group = warp + next_turn * WARPS;
+        if (group < groups && next_tile < tiles) {
+#pragma unroll
+            for (int i = 0; i < MT; i++)
+#pragma unroll
+                for (int r = 0; r < 2; r++) {
+#pragma unroll
+                    for (int h = 0; h < LOADS; h++)
+                        a[s][i][r][h] = load_once(w[i] + 8 * r * row_bytes + group * GROUP_BYTES<BITS> + 64 * h);
+                    a_scale[s][i][r] = scales[i][(size_t)group * p.m + 8 * r];
+                }
+        }
+        if (++next_turn == turns) {
+            next_turn = 0, next_tile += gridDim.x;
+            if (next_tile < tiles) enter_tile();
+        }
+    };
+
+    // x for a turn, each piece asked for again as soon as it's used; of more rows or outputs there is no room
+    // to do so ahead.
+    constexpr bool AHEAD = NT * MT == 1;
+    uint4 b[AHEAD ? 4 : 1][NT];
+    auto load_x = [&](int j, int turn) {
+        // After a tile's last turn comes the first of the next: the same x again.
+        const int group = min(warp + (turn < turns ? turn : 0) * WARPS, groups - 1);
+#pragma unroll
+        for (int n = 0; n < NT; n++) b[AHEAD ? j : 0][n] = *(const uint4*)(x[n] + group * GROUP + 32 * j);
+    };
+
+#pragma unroll
+    for (int s = 0; s < STAGES; s++) load(s);
+    wait_for_previous();
+    if (AHEAD) {
+#pragma unroll
+        for (int j = 0; j < 4; j++) load_x(j, 0);
+    }
+    if (OP != RESIDUAL) {
+        for (int n = warp; n < COLUMNS; n += WARPS) {
+            float scale = 1.0f;
+            if (p.squares && n < p.n) {
+                float sum = 0.0f;
+                for (int i = lane; i < p.square_parts; i += 32)
+                    sum += p.squares[n * p.square_parts + i];
+                scale = rsqrtf(sum_lanes(sum) / p.k + p.epsilon);
+            }
+            if (lane == 0) norm_scales[n] = scale;
+        }
+    }
+    constexpr int OUTS = (ROWS * COLUMNS + THREADS - 1) / THREADS;
+    for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
+        const int first = tile * ROWS;
+        // What the end needs of the residual, asked for early.
+        float residual[OUTS];
+        if (OP == RESIDUAL) {
+#pragma unroll
+            for (int o = 0; o < OUTS; o++) {
+                int index = o * THREADS + threadIdx.x;
+                int row = first + index % ROWS, n = index / ROWS;
+                residual[o] = row < p.m && n < p.n && n < COLUMNS ? p.residual[(size_t)n * p.m + row] : 0.0f;
+            }
+        }
+
+        float c[MT][NT][4] = {};
+        for (int turn = 0; turn < turns; turn += STAGES) {
+#pragma unroll
+            for (int s = 0; s < STAGES; s++) {
+                const int group = warp + (turn + s) * WARPS;
+                if (group < groups) {
+                    float d[MT][NT][4] = {};
+#pragma unroll
+                    for (int j = 0; j < 4; j++) {
+                        if (!AHEAD) load_x(j, turn + s);
+                        const uint4(&bj)[NT] = b[AHEAD ? j : 0];
+#pragma unroll
+                        for (int i = 0; i < MT; i++) {
+                            u32 low[4], high[4];
+                            auto piece = [&](int r, u32 (&h)[4]) {
+                                const uint4& v = a[s][i][r][BITS == 8 ? j / 2 : 0];
+                                if (BITS == 8) unpack_piece<8>(j % 2 ? v.z : v.x, j % 2 ? v.w : v.y, h);
+                                else unpack_piece<4>(j == 0 ? v.x : j == 1 ? v.y : j == 2 ? v.z : v.w, 0, h);
+                            };
+                            piece(0, low);
+                            piece(1, high);
+#pragma unroll
+                            for (int n = 0; n < NT; n++) {
+                                mma(d[i][n], low[0], high[0], low[1], high[1], bj[n].x, bj[n].y);
+                                mma(d[i][n], low[2], high[2], low[3], high[3], bj[n].z, bj[n].w);
+                            }
+                        }
+                        if (AHEAD) load_x(j, turn + s + 1);
+                    }
+#pragma unroll
+                    for (int i = 0; i < MT; i++)
+#pragma unroll
+                        for (int n = 0; n < NT; n++)
+#pragma unroll
+                            for (int e = 0; e < 4; e++)
+                                c[i][n][e] += __half2float(a_scale[s][i][e / 2]) * d[i][n][e];
+                } else if (AHEAD) {
+#pragma unroll
+                    for (int j = 0; j < 4; j++) load_x(j, turn + s + 1);
+                }
+                load(s);
+            }
+        }
+        // The tile before has been summed up.
+        if (tile != blockIdx.x) __syncthreads();
+#pragma unroll
+        for (int i = 0; i < MT; i++)
+#pragma unroll
+            for (int j = 0; j < NT; j++)
+#pragma unroll
+                for (int e = 0; e < 4; e++)
+                    sums[warp][8 * j + 2 * t + e % 2][16 * i + g + 8 * (e / 2)] = c[i][j][e];
+        __syncthreads();
+        auto total = [&](int row, int n) {
+            float sum = 0.0f;
+#pragma unroll
+            for (int i = 0; i < WARPS; i++) sum += sums[i][n][row];
+            return sum;
+        };
+
+        if (OP == GATE_UP) {
+            // Of 16 rows the first 8 are gates, the others the ups of the same outputs.
+            for (int index = threadIdx.x; index < ROWS / 2 * COLUMNS; index += THREADS) {
+                int out = index % (ROWS / 2), n = index / (ROWS / 2);
+                int row = out / 8 * 16 + out % 8;
+                if (n < p.n && first + row < p.m) {
+                    float gate = total(row, n) * norm_scales[n], up = total(row + 8, n) * norm_scales[n];
+                    p.out[(size_t)n * (p.m / 2) + first / 2 + out] = finite_half(silu(gate) * up);
+                }
+            }
+            continue;
+        }
+#pragma unroll
+        for (int o = 0; o < OUTS; o++) {
+            int index = o * THREADS + threadIdx.x;
+            int row = index % ROWS, n = index / ROWS;
+            // Where this row stands in its tile, which may have been moved up.
+            int base = first + row / 16 * 16;
+            int place = row + base - min(base, p.m - 16);
+            bool there = n < p.n && n < COLUMNS && first + row < p.m;
+            float v = there ? total(place, n) : 0.0f;
+            size_t at = (size_t)n * p.m + first + row;
+            if (OP == QKV && there) p.out[at] = finite_half(v * norm_scales[n]);
+            if (OP == HEAD && there) p.logits[at] = v * norm_scales[n];
+            if (OP == RESIDUAL) {
+                v = there ? v + residual[o] : 0.0f;
+                if (there) {
+                    p.residual[at] = v;
+                    p.next[at] = finite_half(v * p.next_norm[first + row]);
+                }
+                float square = sum_lanes<ROWS>(v * v);
+                if (there && row == 0) p.next_squares[n * tiles + tile] = square;
+            }
+        }
+    }
+}
+
+#define SKINNY(OP, NAME, BITS, W, MT, NT, ST)                                        \
+    KERNEL __launch_bounds__(32 * W, (NT * MT <= 2 ? 16 : 8) / W) skinny##BITS##_##NAME##_w##W##_m##MT##_n##NT(   \
+        const __grid_constant__ SkinnyQ p) {                                         \
+        skinny<OP, BITS, W, MT, NT, ST>(p);                                          \
+    }
+#define SKINNY_TILES(OP, NAME)       \
+    SKINNY(OP, NAME, 8, 4, 1, 1, 2)  \
+    SKINNY(OP, NAME, 8, 8, 1, 1, 2)  \
+    SKINNY(OP, NAME, 8, 4, 2, 1, 2)  \
+    SKINNY(OP, NAME, 8, 8, 2, 1, 2)  \
+    SKINNY(OP, NAME, 8, 8, 1, 2, 2)  \
+    SKINNY(OP, NAME, 8, 8, 1, 4, 2)  \
+    SKINNY(OP, NAME, 4, 4, 1, 1, 3)  \
+    SKINNY(OP, NAME, 4, 8, 1, 1, 3)  \
+    SKINNY(OP, NAME, 4, 4, 2, 1, 3)  \
+    SKINNY(OP, NAME, 4, 8, 2, 1, 3)  \
+    SKINNY(OP, NAME, 4, 8, 1, 2, 3)  \
+    SKINNY(OP, NAME, 4, 8, 1, 4, 3)
+SKINNY_TILES(QKV, qkv)
+SKINNY_TILES(RESIDUAL, residual)
+SKINNY_TILES(GATE_UP, gate_up)
+SKINNY_TILES(HEAD, head)

@@ -1,0 +1,229 @@
+//! Products of few rows: the weights stream past them (skinny.cu).
+#![allow(unsafe_code)]
+
+use half::f16;
+
+use super::{
+    error::CudaError,
+    launch::{Kernels, Shape},
+    memory::Slice,
+    stream::Stream,
+    weights::Weights,
+};
+use crate::error::check;
+
+/// Most rows that this form takes.
+pub const FEW_ROWS: usize = 32;
+
+/// Blocks of 8 warps that a multiprocessor holds, by their registers.
+const BLOCKS_PER_PROCESSOR: u32 = 3;
+
+/// How a product is cut: warps that split k, and tiles of 16 outputs a block of threads.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct FewTile {
+    pub warps: u32,
+    pub tiles: u32,
+}
+
+/// Cuts that are compiled: (warps, tiles of outputs, groups of 8 rows).
+const CUTS: &[(u32, u32, u32)] = &[
+    (4, 1, 1),
+    (8, 1, 1),
+    (4, 2, 1),
+    (8, 2, 1),
+    (4, 1, 2),
+    (8, 1, 2),
+    (4, 2, 2),
+    (8, 2, 2),
+    (4, 2, 4),
+    (8, 1, 4),
+    (8, 2, 4),
+];
+
+/// Sums of squares of each row, in parts: what a norm's scale is made of.
+#[derive(Clone, Copy, Debug)]
+pub struct Squares<'a> {
+    /// `[rows, parts]`.
+    pub values: Slice<'a, f32>,
+    pub parts: usize,
+}
+
+/// What a product reads.
+#[derive(Clone, Copy, Debug)]
+pub struct FewIn<'a> {
+    /// `[rows, cols]`.
+    pub x: Slice<'a, f16>,
+    /// Where `x` is not normed yet: what its norm's scale is made of.
+    pub squares: Option<Squares<'a>>,
+    pub epsilon: f32,
+}
+
+/// What becomes of a product.
+#[derive(Clone, Copy, Debug)]
+pub enum FewOut<'a> {
+    /// `[rows, outputs]`.
+    F16(Slice<'a, f16>),
+    /// `[rows, outputs]`.
+    F32(Slice<'a, f32>),
+    /// silu(gate) x up, `[rows, outputs / 2]`, where the matrix holds both interleaved.
+    GateUp(Slice<'a, f16>),
+    /// Added to the residual; and the new residual times the next norm's weights, with its squares.
+    Residual {
+        residual: Slice<'a, f32>,
+        next_norm: Slice<'a, f32>,
+        next: Slice<'a, f16>,
+        /// `[rows, parts]`, of which [`Kernels::few`] gives the number.
+        squares: Slice<'a, f32>,
+    },
+}
+
+#[repr(C)]
+#[derive(Default)]
+struct Parameters {
+    w: u64,
+    x: u64,
+    squares: u64,
+    out: u64,
+    residual: u64,
+    next_norm: u64,
+    next: u64,
+    next_squares: u64,
+    logits: u64,
+    m: i32,
+    k: i32,
+    n: i32,
+    square_parts: i32,
+    epsilon: f32,
+}
+
+pub(super) const OPERATIONS: [&str; 4] = ["qkv", "residual", "gate_up", "head"];
+
+pub(crate) fn kernels() -> Vec<(String, u32)> {
+    OPERATIONS
+        .iter()
+        .flat_map(|operation| {
+            CUTS.iter()
+                .map(move |&(warps, tiles, groups)| (name(operation, warps, tiles, groups), 0))
+        })
+        .collect()
+}
+
+fn name(operation: &str, warps: u32, tiles: u32, groups: u32) -> String {
+    format!("skinny_{operation}_w{warps}_m{tiles}_n{groups}")
+}
+
+impl FewTile {
+    /// All that can be asked for with so many rows.
+    pub fn all(rows: usize) -> Vec<Self> {
+        let groups = groups(rows);
+        CUTS.iter()
+            .filter(|cut| cut.2 == groups)
+            .map(|&(warps, tiles, _)| Self { warps, tiles })
+            .collect()
+    }
+
+    /// What is fastest on the whole, as measured (docs/kernels.md).
+    fn best(out: &FewOut, rows: usize) -> Self {
+        let (warps, tiles) = match (out, groups(rows)) {
+            (FewOut::GateUp(_), 1) | (FewOut::F16(_), 2) | (_, 4) => (8, 2),
+            _ => (8, 1),
+        };
+        Self { warps, tiles }
+    }
+
+    fn outputs(self) -> usize {
+        16 * self.tiles as usize
+    }
+}
+
+/// Groups of 8 rows, as kernels are compiled for.
+pub(super) fn groups(rows: usize) -> u32 {
+    match rows {
+        0..=8 => 1,
+        9..=16 => 2,
+        _ => 4,
+    }
+}
+
+impl Kernels {
+    /// Most parts that [`FewOut::Residual`] gives its squares in, for so many outputs.
+    pub fn few_square_parts(outputs: usize) -> usize {
+        outputs.div_ceil(16)
+    }
+
+    /// `x * w^T` for at most [`FEW_ROWS`] rows, and what follows it. Gives the parts that
+    /// [`FewOut::Residual`] has its squares in. `tile` chooses how it's cut; `None`: the best known.
+    pub fn few(
+        &self,
+        stream: &Stream,
+        rows: usize,
+        input: FewIn,
+        w: &Weights,
+        out: FewOut,
+        tile: Option<FewTile>,
+    ) -> Result<usize, CudaError> {
+        if rows > FEW_ROWS {
+            check("rows of a product of few", rows, FEW_ROWS)?;
+        }
+        let (m, k) = (w.rows(), w.cols());
+        let tile = tile.unwrap_or_else(|| FewTile::best(&out, rows));
+        let parts = m.div_ceil(tile.outputs());
+        let mut p = Parameters {
+            w: w.values().pointer(),
+            x: input.x.at_least("input of a product", rows * k)?,
+            m: m as i32,
+            k: k as i32,
+            n: rows as i32,
+            epsilon: input.epsilon,
+            ..Parameters::default()
+        };
+        if let Some(squares) = input.squares {
+            let needed = rows * squares.parts;
+            p.squares = squares.values.at_least("squares of a norm", needed)?;
+            p.square_parts = squares.parts as i32;
+        }
+        let operation = match out {
+            FewOut::F16(to) => {
+                p.out = to.at_least("output of a product", rows * m)?;
+                "qkv"
+            }
+            FewOut::F32(to) => {
+                p.logits = to.at_least("output of a product", rows * m)?;
+                "head"
+            }
+            FewOut::GateUp(to) => {
+                check("rows of gate and up", m % 16, 0)?;
+                p.out = to.at_least("output of gate and up", rows * m / 2)?;
+                "gate_up"
+            }
+            FewOut::Residual {
+                residual,
+                next_norm,
+                next,
+                squares,
+            } => {
+                p.residual = residual.at_least("residual", rows * m)?;
+                p.next_norm = next_norm.at_least("weights of a norm", m)?;
+                p.next = next.at_least("input of the next product", rows * m)?;
+                p.next_squares = squares.at_least("squares of a norm", rows * parts)?;
+                "residual"
+            }
+        };
+        let kernel = self.kernel(&name(operation, tile.warps, tile.tiles, groups(rows)))?;
+        let shape = Shape {
+            // What runs at once; with rather few tiles a block each.
+            grid: [
+                (parts as u32).min(BLOCKS_PER_PROCESSOR * 8 / tile.warps * self.gpu().processors()),
+                u32::from(rows > 0),
+                1,
+            ],
+            threads: 32 * tile.warps,
+            shared: 0,
+            early: true,
+        };
+        // SAFETY: the sizes of all that the kernel reads and writes were checked above; a `Weights`
+        // has `m k` values, in multiples of what the kernel takes at once.
+        unsafe { self.launch(stream, kernel, shape, &p) }?;
+        Ok(parts)
+    }
+}

@@ -1,0 +1,387 @@
+//! Products of many rows, in tiles on tensor cores: wgmma on Hopper (wide.cu), mma.sync elsewhere
+//! (tiled.cu).
+#![allow(unsafe_code)]
+
+use cudarc::driver::sys;
+use half::f16;
+
+use super::{
+    error::{Context, CudaError},
+    launch::{Kernels, Shape},
+    memory::Slice,
+    stream::Stream,
+    weights::Weights,
+};
+use crate::error::check;
+
+/// Values along k that are loaded at once.
+pub(super) const STEP: usize = 64;
+/// Parts that a product's sums are made in, at most.
+const MOST_PARTS: usize = 8;
+
+/// What becomes of a product.
+#[derive(Clone, Copy, Debug)]
+pub enum ManyOut<'a> {
+    /// `[rows, outputs]`.
+    F16(Slice<'a, f16>),
+    /// silu(gate) x up, `[rows, outputs / 2]`, where the matrix holds both interleaved.
+    GateUp(Slice<'a, f16>),
+    /// Partial sums to be added up, `[parts, rows, outputs]`.
+    Sums(Slice<'a, f32>),
+}
+
+/// How a product is cut.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ManyShape {
+    /// Rows are the first operand (many of them), or weights are.
+    pub rows_first: bool,
+    /// Columns of a tile: outputs where rows are first, else rows.
+    pub columns: usize,
+    /// Parts of k.
+    pub parts: usize,
+}
+
+#[repr(C)]
+struct TiledParameters {
+    w: u64,
+    x: u64,
+    out: u64,
+    sums: u64,
+    m: i32,
+    k: i32,
+    n: i32,
+    steps: i32,
+}
+
+#[repr(C)]
+struct WideParameters {
+    a: sys::CUtensorMap,
+    b: sys::CUtensorMap,
+    out: u64,
+    sums: u64,
+    m: i32,
+    k: i32,
+    n: i32,
+    parts: i32,
+    steps: i32,
+}
+
+/// Columns and stages of tiles whose first operand is the weights.
+const FEW_COLUMNS: [(usize, usize); 6] = [(32, 10), (64, 9), (96, 8), (128, 7), (192, 5), (256, 4)];
+/// The same where it is the rows.
+const MANY_COLUMNS: [(usize, usize); 2] = [(128, 7), (256, 4)];
+/// Rows of a tile's first operand.
+const FIRST: usize = 128;
+
+fn wide_shared(columns: usize, stages: usize) -> u32 {
+    // The stages begin at a multiple of 1024 after the barriers.
+    (stages * (FIRST + columns) * STEP * 2 + 2048) as u32
+}
+
+fn stages(columns: &[(usize, usize)], wanted: usize) -> usize {
+    columns
+        .iter()
+        .find(|(c, _)| *c == wanted)
+        .map_or(1, |(_, stages)| *stages)
+}
+
+pub(crate) fn wide_kernels() -> Vec<(String, u32)> {
+    let few = FEW_COLUMNS.iter().flat_map(|&(columns, stages)| {
+        ["f32", "gate_up"].map(|op| {
+            (
+                format!("wide_few_{op}_{columns}"),
+                wide_shared(columns, stages),
+            )
+        })
+    });
+    let many = MANY_COLUMNS.iter().flat_map(|&(columns, stages)| {
+        ["f16", "f32", "gate_up"].map(|op| {
+            (
+                format!("wide_many_{op}_{columns}"),
+                wide_shared(columns, stages),
+            )
+        })
+    });
+    few.chain(many).collect()
+}
+
+/// Bytes of shared memory of a tile of `side` rows and outputs.
+fn tiled_shared(side: usize, capability: u32) -> u32 {
+    let stages = match (capability >= 80, side) {
+        (false, _) => 2,
+        (true, 64) => 4,
+        (true, _) => 3,
+    };
+    (stages * 2 * side * STEP * 2) as u32
+}
+
+pub(crate) fn tiled_kernels(capability: u32) -> Vec<(String, u32)> {
+    [64, 128]
+        .into_iter()
+        .flat_map(|side| {
+            ["f16", "f32", "gate_up"]
+                .map(|op| (format!("tiled_{op}_{side}"), tiled_shared(side, capability)))
+        })
+        .collect()
+}
+
+impl ManyOut<'_> {
+    pub(super) fn operation(&self) -> &'static str {
+        match self {
+            Self::F16(_) => "f16",
+            Self::GateUp(_) => "gate_up",
+            Self::Sums(_) => "f32",
+        }
+    }
+}
+
+impl ManyShape {
+    /// Parts of k, none of them empty.
+    pub(super) fn split(k: usize, wanted: usize) -> (usize, usize) {
+        let all = k.div_ceil(STEP);
+        let steps = all.div_ceil(wanted.clamp(1, all));
+        (all.div_ceil(steps), steps)
+    }
+
+    /// Blocks of threads.
+    fn tiles(&self, m: usize, n: usize) -> usize {
+        let (a, b) = match self.rows_first {
+            true => (n, m),
+            false => (m, n),
+        };
+        a.div_ceil(FIRST) * b.div_ceil(self.columns) * self.parts
+    }
+
+    /// Time that a product takes by a simple model, in units of one step of a full tile.
+    fn cost(&self, m: usize, k: usize, n: usize, processors: usize, sums: bool) -> f64 {
+        let (_, steps) = Self::split(k, self.parts);
+        let rounds = self.tiles(m, n).div_ceil(processors) as f64;
+        // A narrow tile is bound by what it loads: 128 + columns rows for 128 x columns products.
+        let step = (self.columns as f64 / 256.0).max((FIRST + self.columns) as f64 / 384.0 * 0.75);
+        // Filling the ring, and writing the results.
+        let ends = 4.0 + self.columns as f64 / 64.0;
+        // Sums are written, and read again by the next kernel.
+        let traffic = match sums {
+            true => (self.parts * n * m) as f64 * 8.0 / (processors as f64 * 14e3),
+            false => 0.0,
+        };
+        rounds * (steps as f64 * step + ends) + traffic
+    }
+}
+
+impl Kernels {
+    /// How a product is cut on this GPU. `sums`: its output is [`ManyOut::Sums`], the only one
+    /// that can have parts; `halves`: it is [`ManyOut::F16`].
+    pub fn many_shape(&self, m: usize, k: usize, n: usize, sums: bool, halves: bool) -> ManyShape {
+        let processors = self.gpu().processors() as usize;
+        let most = if sums {
+            MOST_PARTS.min(k.div_ceil(4 * STEP))
+        } else {
+            1
+        };
+        if !self.has_wgmma() {
+            let side = if n <= 64 { 64 } else { 128 };
+            let tiles = m.div_ceil(side) * n.div_ceil(side);
+            let parts = (2 * processors / tiles.max(1)).clamp(1, most);
+            let (parts, _) = ManyShape::split(k, parts);
+            return ManyShape {
+                rows_first: true,
+                columns: side,
+                parts,
+            };
+        }
+        let few = FEW_COLUMNS.iter().map(|&(columns, _)| (false, columns));
+        let many = MANY_COLUMNS.iter().map(|&(columns, _)| (true, columns));
+        let mut best = ManyShape {
+            rows_first: true,
+            columns: MANY_COLUMNS[0].0,
+            parts: 1,
+        };
+        let mut least = f64::INFINITY;
+        for (rows_first, columns) in few.chain(many) {
+            if halves && !rows_first {
+                continue;
+            }
+            for parts in 1..=most {
+                let (parts, _) = ManyShape::split(k, parts);
+                let shape = ManyShape {
+                    rows_first,
+                    columns,
+                    parts,
+                };
+                let cost = shape.cost(m, k, n, processors, sums);
+                if cost < least {
+                    (best, least) = (shape, cost);
+                }
+            }
+        }
+        best
+    }
+
+    /// `x * w^T` for any number of rows, and what follows it. The weights were written before the
+    /// kernel that this one follows: they are read before that one has ended.
+    pub fn many(
+        &self,
+        stream: &Stream,
+        rows: usize,
+        x: Slice<f16>,
+        w: &Weights,
+        out: ManyOut,
+        shape: ManyShape,
+    ) -> Result<(), CudaError> {
+        self.many_from(stream, rows, x, w, out, shape, true)
+    }
+
+    /// [`Kernels::many`] right after the kernel that wrote the weights.
+    pub fn many_of_new_weights(
+        &self,
+        stream: &Stream,
+        rows: usize,
+        x: Slice<f16>,
+        w: &Weights,
+        out: ManyOut,
+        shape: ManyShape,
+    ) -> Result<(), CudaError> {
+        self.many_from(stream, rows, x, w, out, shape, false)
+    }
+
+    #[allow(clippy::too_many_arguments)]
+    fn many_from(
+        &self,
+        stream: &Stream,
+        rows: usize,
+        x: Slice<f16>,
+        w: &Weights,
+        out: ManyOut,
+        shape: ManyShape,
+        early: bool,
+    ) -> Result<(), CudaError> {
+        let (m, k, n) = (w.rows(), w.cols(), rows);
+        let x = x.at_least("input of a product", n * k)?;
+        let (mut halves, mut sums) = (0, 0);
+        match out {
+            ManyOut::F16(to) => {
+                check("outputs of a product", m % 2, 0)?;
+                halves = to.at_least("output of a product", n * m)?;
+            }
+            ManyOut::GateUp(to) => {
+                check("rows of gate and up", m % 16, 0)?;
+                halves = to.at_least("output of gate and up", n * m / 2)?;
+            }
+            ManyOut::Sums(to) => sums = to.at_least("sums of a product", shape.parts * n * m)?,
+        }
+        if !matches!(out, ManyOut::Sums(_)) {
+            check("parts of a product", shape.parts, 1)?;
+        }
+        let (parts, steps) = ManyShape::split(k, shape.parts);
+        check("parts of a product", parts, shape.parts)?;
+        if n == 0 {
+            return Ok(());
+        }
+        if !self.has_wgmma() {
+            let kernel = self.kernel(&format!("tiled_{}_{}", out.operation(), shape.columns))?;
+            let p = TiledParameters {
+                w: w.values().pointer(),
+                x,
+                out: halves,
+                sums,
+                m: m as i32,
+                k: k as i32,
+                n: n as i32,
+                steps: steps as i32,
+            };
+            let side = shape.columns;
+            let launch = Shape {
+                grid: [
+                    m.div_ceil(side) as u32,
+                    n.div_ceil(side) as u32,
+                    parts as u32,
+                ],
+                threads: if side == 64 { 128 } else { 256 },
+                shared: tiled_shared(side, self.gpu().capability()),
+                early,
+            };
+            // SAFETY: the sizes of all that the kernel reads and writes were checked above; it
+            // checks rows and outputs against n and m itself.
+            return unsafe { self.launch(stream, kernel, launch, &p) };
+        }
+        let which = if shape.rows_first { "many" } else { "few" };
+        let table: &[(usize, usize)] = if shape.rows_first {
+            &MANY_COLUMNS
+        } else {
+            &FEW_COLUMNS
+        };
+        let kernel = self.kernel(&format!(
+            "wide_{which}_{}_{}",
+            out.operation(),
+            shape.columns
+        ))?;
+        let rows_box = if shape.rows_first {
+            FIRST
+        } else {
+            shape.columns
+        };
+        let weights_box = if shape.rows_first {
+            shape.columns
+        } else {
+            FIRST
+        };
+        let x = tensor_map(x, n, k, rows_box)?;
+        let w = tensor_map(w.values().pointer(), m, k, weights_box)?;
+        let (a, b) = if shape.rows_first { (x, w) } else { (w, x) };
+        let p = WideParameters {
+            a,
+            b,
+            out: halves,
+            sums,
+            m: m as i32,
+            k: k as i32,
+            n: n as i32,
+            parts: parts as i32,
+            steps: steps as i32,
+        };
+        let tiles = shape.tiles(m, n);
+        let launch = Shape {
+            grid: [tiles.min(self.gpu().processors() as usize) as u32, 1, 1],
+            threads: 384,
+            shared: wide_shared(shape.columns, stages(table, shape.columns)),
+            early,
+        };
+        // SAFETY: as above; the maps end where the matrices do.
+        unsafe { self.launch(stream, kernel, launch, &p) }
+    }
+}
+
+/// A row-major f16 matrix as the copy engine sees it, in boxes of `rows_box` rows of 64 values.
+fn tensor_map(
+    pointer: u64,
+    rows: usize,
+    cols: usize,
+    rows_box: usize,
+) -> Result<sys::CUtensorMap, CudaError> {
+    let mut map = sys::CUtensorMap { opaque: [0; 16] };
+    let sizes = [cols as u64, rows as u64];
+    let strides = [(cols * size_of::<f16>()) as u64];
+    let boxes = [STEP as u32, rows_box as u32];
+    let steps = [1, 1];
+    // SAFETY: the arrays have as many elements as the rank asks for; the map is written only.
+    unsafe {
+        sys::cuTensorMapEncodeTiled(
+            &mut map,
+            sys::CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
+            2,
+            pointer as *mut _,
+            sizes.as_ptr(),
+            strides.as_ptr(),
+            boxes.as_ptr(),
+            steps.as_ptr(),
+            sys::CUtensorMapInterleave::CU_TENSOR_MAP_INTERLEAVE_NONE,
+            sys::CUtensorMapSwizzle::CU_TENSOR_MAP_SWIZZLE_128B,
+            sys::CUtensorMapL2promotion::CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+            sys::CUtensorMapFloatOOBfill::CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
+        )
+    }
+    .result()
+    .context("describing a matrix to the copy engine")?;
+    Ok(map)
+}

@@ -1,0 +1,196 @@
+//! The order of work: streams, events and graphs.
+#![allow(unsafe_code)]
+
+use std::{sync::Arc, time::Duration};
+
+use cudarc::driver::{
+    result::{self, stream::StreamKind},
+    sys,
+};
+
+use super::{
+    driver::Gpu,
+    error::{Context, CudaError},
+    memory::{Pinned, Plain, Slice},
+};
+use crate::error::check;
+
+/// Work that is done in order.
+#[derive(Debug)]
+pub struct Stream {
+    gpu: Arc<Gpu>,
+    stream: sys::CUstream,
+}
+
+// SAFETY: a handle that any thread may use.
+unsafe impl Send for Stream {}
+
+impl Stream {
+    pub fn new(gpu: &Arc<Gpu>) -> Result<Self, CudaError> {
+        let stream = result::stream::create(StreamKind::NonBlocking).context("making a stream")?;
+        Ok(Self {
+            gpu: gpu.clone(),
+            stream,
+        })
+    }
+
+    pub fn gpu(&self) -> &Arc<Gpu> {
+        &self.gpu
+    }
+
+    pub(crate) fn raw(&self) -> sys::CUstream {
+        self.stream
+    }
+
+    pub fn synchronize(&self) -> Result<(), CudaError> {
+        // SAFETY: the stream lives.
+        unsafe { result::stream::synchronize(self.stream) }.context("waiting for a step")
+    }
+
+    /// Copies the first values of `from`, which the host leaves alone until that is done.
+    pub fn upload<T: Plain>(
+        &self,
+        from: &Pinned<T>,
+        count: usize,
+        to: Slice<T>,
+    ) -> Result<(), CudaError> {
+        if count > from.len() {
+            check("values to upload", count, from.len())?;
+        }
+        let to = to.at_least("room for an upload", count)?;
+        // SAFETY: both sides have `count` values.
+        unsafe {
+            sys::cuMemcpyHtoDAsync_v2(to, from.address(), count * size_of::<T>(), self.stream)
+        }
+        .result()
+        .context("copying a step to the GPU")
+    }
+
+    /// Copies within the GPU.
+    pub fn copy<T: Plain>(&self, from: Slice<T>, to: Slice<T>) -> Result<(), CudaError> {
+        check("values to copy", from.len(), to.len())?;
+        // SAFETY: both sides have as many values.
+        unsafe {
+            result::memcpy_dtod_async(
+                to.pointer(),
+                from.pointer(),
+                from.len() * size_of::<T>(),
+                self.stream,
+            )
+        }
+        .context("copying within the GPU")
+    }
+
+    /// Records what `work` puts into the stream as a graph, instead of running it.
+    pub fn capture<E: From<CudaError>>(
+        &self,
+        work: impl FnOnce() -> Result<(), E>,
+    ) -> Result<Graph, E> {
+        let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
+        // SAFETY: the stream lives and isn't being captured: `work` gets no handle to begin with.
+        unsafe { result::stream::begin_capture(self.stream, mode) }.context("recording a graph")?;
+        let done = work();
+        // SAFETY: begun above. Ended also when `work` failed, or the stream would stay unusable.
+        let graph =
+            unsafe { result::stream::end_capture(self.stream) }.context("ending a recording");
+        done?;
+        let graph = graph?;
+        // SAFETY: the graph was just made.
+        let executable =
+            unsafe { result::graph::instantiate(graph, sys::CUgraphInstantiate_flags(0)) }
+                .context("making a graph");
+        // SAFETY: what runs is a copy.
+        let _ = unsafe { result::graph::destroy(graph) };
+        let executable = executable?;
+        // SAFETY: both live.
+        unsafe { result::graph::upload(executable, self.stream) }.context("uploading a graph")?;
+        Ok(Graph {
+            gpu: self.gpu.clone(),
+            graph: executable,
+        })
+    }
+
+    pub fn launch(&self, graph: &Graph) -> Result<(), CudaError> {
+        // SAFETY: both live.
+        unsafe { result::graph::launch(graph.graph, self.stream) }.context("launching a graph")
+    }
+
+    pub fn record(&self, event: &Event) -> Result<(), CudaError> {
+        // SAFETY: both live.
+        unsafe { result::event::record(event.event, self.stream) }.context("recording an event")
+    }
+}
+
+impl Drop for Stream {
+    fn drop(&mut self) {
+        if self.gpu.make_current().is_ok() {
+            // SAFETY: made in `new` and destroyed here alone; work under way goes on to its end.
+            let _ = unsafe { result::stream::destroy(self.stream) };
+        }
+    }
+}
+
+/// A recorded step.
+#[derive(Debug)]
+pub struct Graph {
+    gpu: Arc<Gpu>,
+    graph: sys::CUgraphExec,
+}
+
+// SAFETY: a handle that one thread at a time uses: methods that launch take the stream's thread.
+unsafe impl Send for Graph {}
+
+impl Drop for Graph {
+    fn drop(&mut self) {
+        if self.gpu.make_current().is_ok() {
+            // SAFETY: made in `capture` and destroyed here alone.
+            let _ = unsafe { result::graph::exec_destroy(self.graph) };
+        }
+    }
+}
+
+/// A moment in a stream.
+#[derive(Debug)]
+pub struct Event {
+    gpu: Arc<Gpu>,
+    event: sys::CUevent,
+}
+
+// SAFETY: a handle that any thread may use.
+unsafe impl Send for Event {}
+
+impl Event {
+    /// One whose waiters sleep.
+    pub fn new(gpu: &Arc<Gpu>) -> Result<Self, CudaError> {
+        let flags = sys::CUevent_flags::CU_EVENT_BLOCKING_SYNC;
+        let event = result::event::create(flags).context("making an event")?;
+        Ok(Self {
+            gpu: gpu.clone(),
+            event,
+        })
+    }
+
+    pub fn synchronize(&self) -> Result<(), CudaError> {
+        // SAFETY: the event lives.
+        unsafe { result::event::synchronize(self.event) }.context("waiting for a step")
+    }
+
+    /// Time from another event to this one; both have passed.
+    pub fn since(&self, earlier: &Event) -> Result<Duration, CudaError> {
+        // SAFETY: both events live.
+        let milliseconds = unsafe { result::event::elapsed(earlier.event, self.event) }
+            .context("timing a step")?;
+        Ok(Duration::from_secs_f64(
+            f64::from(milliseconds.max(0.0)) / 1e3,
+        ))
+    }
+}
+
+impl Drop for Event {
+    fn drop(&mut self) {
+        if self.gpu.make_current().is_ok() {
+            // SAFETY: made in `new` and destroyed here alone.
+            let _ = unsafe { result::event::destroy(self.event) };
+        }
+    }
+}

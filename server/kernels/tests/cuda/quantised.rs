@@ -1,0 +1,500 @@
+//! Weights of 8 and 4 bits against their form in plain loops.
+
+use half::f16;
+use stoker_kernels::{
+    AttentionShape, Norm, add_bias,
+    cuda::{Bits, FewIn, FewOut, GROUP, Heads, Kernels, ManyOut, Qkv, Quantised, Squares, StepRow},
+    norm_heads,
+};
+
+use crate::{
+    products::{gated, product, size},
+    support::{Device, Errors, Random, device, floats},
+};
+
+const BOTH: [Bits; 2] = [Bits::Eight, Bits::Four];
+
+/// What `quantise` makes of a matrix: whole numbers (offset), `[rows, cols]`, and scales,
+/// `[cols / GROUP, rows]`.
+struct Expected {
+    q: Vec<u8>,
+    scales: Vec<f16>,
+    /// Numbers times scales.
+    values: Vec<f32>,
+    /// The same as f16.
+    halves: Vec<f32>,
+}
+
+fn quantise(w: &[f32], rows: usize, cols: usize, bits: Bits) -> Expected {
+    let groups = cols / GROUP;
+    let mut expected = Expected {
+        q: Vec::new(),
+        scales: vec![f16::ZERO; rows * groups],
+        values: Vec::new(),
+        halves: Vec::new(),
+    };
+    for (i, group) in w.chunks_exact(GROUP).enumerate() {
+        // Of equal magnitudes the positive one.
+        let most = group
+            .iter()
+            .fold(0.0f32, |most, &v| match v.abs().total_cmp(&most.abs()) {
+                std::cmp::Ordering::Greater => v,
+                std::cmp::Ordering::Equal => v.max(most),
+                std::cmp::Ordering::Less => most,
+            });
+        let (scale, low, high, offset) = match bits {
+            Bits::Eight => (most.abs() / 127.0, -127.0, 127.0, 128.0),
+            Bits::Four => (most / -8.0, -8.0, 7.0, 8.0),
+        };
+        let scale = f16::from_f32(scale);
+        expected.scales[i % groups * rows + i / groups] = scale;
+        let by = scale.to_f32();
+        for v in group {
+            let steps = match by {
+                0.0 => 0.0,
+                by => (v / by).round_ties_even().clamp(low, high),
+            };
+            expected.q.push((steps + offset) as u8);
+            expected.values.push(steps * by);
+            expected.halves.push(f16::from_f32(steps * by).to_f32());
+        }
+    }
+    expected
+}
+
+/// The numbers of a packed matrix, as quantised.cuh lays them out.
+fn unpack(packed: &[u8], bits: Bits) -> Vec<u8> {
+    let bytes = match bits {
+        Bits::Eight => GROUP,
+        Bits::Four => GROUP / 2,
+    };
+    let mut q = Vec::new();
+    for group in packed.chunks_exact(bytes) {
+        for value in 0..GROUP {
+            let (piece, at) = (value / 8, value % 8);
+            let (t, j) = (piece % 4, piece / 4);
+            q.push(match bits {
+                Bits::Eight => group[j / 2 * 64 + t * 16 + j % 2 * 8 + at],
+                Bits::Four => {
+                    let nibble = at / 2 + at % 2 * 4;
+                    group[t * 16 + j * 4 + nibble / 2] >> (nibble % 2 * 4) & 15
+                }
+            });
+        }
+    }
+    q
+}
+
+/// Random weights of a size that models have, a few groups of them zeros or far larger.
+fn weights(random: &mut Random, rows: usize, cols: usize) -> Vec<f16> {
+    let mut values = random.halves(rows * cols);
+    for value in &mut values {
+        *value = f16::from_f32(value.to_f32() * 0.1);
+    }
+    values[..GROUP].fill(f16::ZERO);
+    values[GROUP] = f16::from_f32(-3.0);
+    values
+}
+
+fn quantised(d: &Device, rows: usize, cols: usize, w: &[f16], bits: Bits) -> Quantised {
+    let w = d.weights(rows, cols, w);
+    let quantised = d.kernels.quantise(&d.stream, &w, bits).unwrap();
+    d.stream.synchronize().unwrap();
+    quantised
+}
+
+#[test]
+fn weights_become_numbers_and_scales_and_f16_again() {
+    let Some(d) = device("weights_become_numbers_and_scales_and_f16_again") else {
+        return;
+    };
+    let mut errors = Errors::default();
+    let mut random = Random(21);
+    for (rows, cols) in [(16, 128), (208, 384), (33, 3072)] {
+        let w = weights(&mut random, rows, cols);
+        for bits in BOTH {
+            let expected = quantise(&floats(&w), rows, cols, bits);
+            let found = quantised(&d, rows, cols, &w, bits);
+            assert_eq!(found.scales().read().unwrap(), expected.scales, "{bits:?}");
+            let q = unpack(&found.values().read().unwrap(), bits);
+            // A quotient that lies between two numbers may fall to either side.
+            let other = q.iter().zip(&expected.q).filter(|(a, b)| a != b).count();
+            assert!(
+                other * 10_000 <= q.len(),
+                "{bits:?}: {other} of {}",
+                q.len()
+            );
+            let back = d.weights(rows, cols, &vec![f16::NAN; rows * cols]);
+            d.kernels.dequantise(&d.stream, &found, &back).unwrap();
+            let exact: Vec<f32> = q
+                .iter()
+                .enumerate()
+                .map(|(i, &q)| {
+                    let scale = expected.scales[i / GROUP % (cols / GROUP) * rows + i / cols];
+                    let offset = if bits == Bits::Eight { 128.0 } else { 8.0 };
+                    f16::from_f32((f32::from(q) - offset) * scale.to_f32()).to_f32()
+                })
+                .collect();
+            let what = format!("{rows} x {cols}, {bits:?}");
+            errors.compare(
+                &what,
+                &floats(&back.values().read().unwrap()),
+                &exact,
+                1e-3,
+                0.0,
+            );
+        }
+    }
+    errors.finish("weights_become_numbers_and_scales_and_f16_again");
+}
+
+#[test]
+fn quantised_products_of_few_rows() {
+    let Some(d) = device("quantised_products_of_few_rows") else {
+        return;
+    };
+    let mut errors = Errors::default();
+    let mut random = Random(22);
+    for (m, k) in [
+        (208, 640),
+        (1000, 1536),
+        (1056, 128),
+        (16, 256),
+        (304, 3072),
+    ] {
+        let w = weights(&mut random, m, k);
+        for bits in BOTH {
+            let expected = quantise(&floats(&w), m, k, bits).values;
+            let w = quantised(&d, m, k, &w, bits);
+            for rows in [1, 3, 8, 9, 16, 17, 32] {
+                let x_halves = random.halves(rows * k);
+                let sums = product(&floats(&x_halves), &expected, rows, m, k);
+                let x = d.buffer(&x_halves);
+                for tile in Quantised::few_tiles(rows) {
+                    let what = format!("{bits:?}: {rows} x {k} to {m}, {tile:?}");
+                    let run = |input: FewIn, out: FewOut| {
+                        d.kernels
+                            .few_quantised(&d.stream, rows, input, &w, out, Some(tile))
+                            .unwrap()
+                    };
+                    let plain = FewIn {
+                        x: x.all(),
+                        squares: None,
+                        epsilon: 1e-5,
+                    };
+                    few(&d, &mut errors, &what, (rows, m, k), &sums, plain, &run);
+                }
+            }
+        }
+    }
+    errors.finish("quantised_products_of_few_rows");
+}
+
+/// Every output of a product; weights are a tenth of those that `size` is for.
+fn few(
+    d: &Device,
+    errors: &mut Errors,
+    what: &str,
+    (rows, m, k): (usize, usize, usize),
+    expected: &[f32],
+    plain: FewIn,
+    run: &dyn Fn(FewIn, FewOut) -> usize,
+) {
+    let mut random = Random((rows * m * k) as u64);
+    let size = size(k) / 10.0;
+    let out = d.poisoned_f32(rows * m);
+    run(plain, FewOut::F32(out.all()));
+    let found = out.all().read().unwrap();
+    errors.compare(&format!("{what} f32"), &found, expected, size, 1e-4);
+
+    let parts = 5;
+    let squares: Vec<f32> = random
+        .values(rows * parts)
+        .iter()
+        .map(|v| (v.abs() + 0.1) * k as f32 / 20.0)
+        .collect();
+    let scaled: Vec<f32> = expected
+        .chunks_exact(m)
+        .zip(squares.chunks_exact(parts))
+        .flat_map(|(row, squares)| {
+            let scale = 1.0 / (squares.iter().sum::<f32>() / k as f32 + 1e-5).sqrt();
+            row.iter().map(move |v| v * scale)
+        })
+        .collect();
+    let squares = d.buffer(&squares);
+    let normed = FewIn {
+        squares: Some(Squares {
+            values: squares.all(),
+            parts,
+        }),
+        ..plain
+    };
+    let out = d.poisoned(rows * m);
+    run(normed, FewOut::F16(out.all()));
+    let found = floats(&out.all().read().unwrap());
+    errors.compare(&format!("{what} f16"), &found, &scaled, size, 2e-3);
+    if m % 16 == 0 {
+        let out = d.poisoned(rows * m / 2);
+        run(normed, FewOut::GateUp(out.all()));
+        let gates: Vec<f32> = scaled
+            .chunks_exact(m)
+            .flat_map(|row| gated(row, m, 1.0))
+            .collect();
+        let found = floats(&out.all().read().unwrap());
+        errors.compare(&format!("{what} gate_up"), &found, &gates, size, 3e-3);
+    }
+
+    let before = random.values(rows * m);
+    let norm = random.values(m);
+    let (residual, next_norm) = (d.buffer(&before), d.buffer(&norm));
+    let next = d.poisoned(rows * m);
+    let squares = d.poisoned_f32(rows * Kernels::few_square_parts(m));
+    let parts = run(
+        plain,
+        FewOut::Residual {
+            residual: residual.all(),
+            next_norm: next_norm.all(),
+            next: next.all(),
+            squares: squares.all(),
+        },
+    );
+    let after: Vec<f32> = before.iter().zip(expected).map(|(a, b)| a + b).collect();
+    let found = residual.all().read().unwrap();
+    errors.compare(&format!("{what} residual"), &found, &after, size, 1e-4);
+    let wanted: Vec<f32> = after
+        .iter()
+        .enumerate()
+        .map(|(i, v)| v * norm[i % m])
+        .collect();
+    let found = floats(&next.all().read().unwrap());
+    errors.compare(&format!("{what} next"), &found, &wanted, size, 2e-3);
+    let sums: Vec<f32> = squares.all().read().unwrap()[..rows * parts]
+        .chunks_exact(parts)
+        .map(|s| s.iter().sum())
+        .collect();
+    let wanted: Vec<f32> = after
+        .chunks_exact(m)
+        .map(|row| row.iter().map(|v| v * v).sum())
+        .collect();
+    errors.compare(&format!("{what} squares"), &sums, &wanted, 1.0, 1e-3);
+}
+
+#[test]
+fn quantised_products_of_many_rows() {
+    let Some(d) = device("quantised_products_of_many_rows") else {
+        return;
+    };
+    let mut errors = Errors::default();
+    let mut random = Random(23);
+    for (m, k) in [(208, 384), (320, 2048), (1056, 128)] {
+        let w = weights(&mut random, m, k);
+        for bits in BOTH {
+            let expected = quantise(&floats(&w), m, k, bits).halves;
+            let w = quantised(&d, m, k, &w, bits);
+            for rows in [1, 33, 64, 65, 200] {
+                let x = random.halves(rows * k);
+                let sums = product(&floats(&x), &expected, rows, m, k);
+                let x = d.buffer(&x);
+                let what = format!("{bits:?}: {rows} x {k} to {m}");
+                let size = size(k) / 10.0;
+                let run = |out: ManyOut, parts: bool| {
+                    let shape = d.kernels.tiled_shape(m, k, rows, parts);
+                    d.kernels
+                        .many_quantised(&d.stream, rows, x.all(), &w, out, shape)
+                        .unwrap();
+                    shape.parts
+                };
+                let out = d.poisoned_f32(8 * rows * m);
+                let parts = run(ManyOut::Sums(out.all()), true);
+                let all = out.all().read().unwrap();
+                let found: Vec<f32> = (0..rows * m)
+                    .map(|i| (0..parts).map(|part| all[part * rows * m + i]).sum())
+                    .collect();
+                errors.compare(&format!("{what} sums"), &found, &sums, size, 2e-4);
+                let out = d.poisoned(rows * m);
+                run(ManyOut::F16(out.all()), false);
+                let found = floats(&out.all().read().unwrap());
+                errors.compare(&format!("{what} f16"), &found, &sums, size, 2e-3);
+                let out = d.poisoned(rows * m / 2);
+                run(ManyOut::GateUp(out.all()), false);
+                let gates: Vec<f32> = sums
+                    .chunks_exact(m)
+                    .flat_map(|row| gated(row, m, 1.0))
+                    .collect();
+                let found = floats(&out.all().read().unwrap());
+                errors.compare(&format!("{what} gate_up"), &found, &gates, size, 3e-3);
+            }
+        }
+    }
+    errors.finish("quantised_products_of_many_rows");
+}
+
+/// What 8 and 4 bits cost: the output's error against f16 weights, relative to the output, with
+/// normally distributed weights and inputs. docs/kernels.md states these limits.
+#[test]
+fn the_error_of_a_matrix_is_below_one_and_eleven_percent() {
+    let Some(d) = device("the_error_of_a_matrix_is_below_one_and_eleven_percent") else {
+        return;
+    };
+    let mut random = Random(24);
+    // Sums of uniform numbers are nearly normal.
+    let mut normal = |len: usize, size: f32| -> Vec<f16> {
+        (0..len)
+            .map(|_| f16::from_f32(size / 2.0 * (0..12).map(|_| random.value()).sum::<f32>()))
+            .collect()
+    };
+    for (m, k) in [(512, 3072), (256, 8192)] {
+        let rows = 8;
+        let w = normal(m * k, 0.02);
+        let x = normal(rows * k, 1.0);
+        let exact = product(&floats(&x), &floats(&w), rows, m, k);
+        let x = d.buffer(&x);
+        for (bits, most) in [(Bits::Eight, 0.01), (Bits::Four, 0.11)] {
+            let w = quantised(&d, m, k, &w, bits);
+            let out = d.poisoned_f32(rows * m);
+            let input = FewIn {
+                x: x.all(),
+                squares: None,
+                epsilon: 1e-5,
+            };
+            let to = FewOut::F32(out.all());
+            d.kernels
+                .few_quantised(&d.stream, rows, input, &w, to, None)
+                .unwrap();
+            let found = out.all().read().unwrap();
+            let square = |values: &mut dyn Iterator<Item = f32>| -> f64 {
+                values.map(|v| f64::from(v).powi(2)).sum()
+            };
+            let error = square(&mut found.iter().zip(&exact).map(|(a, b)| a - b));
+            let error = (error / square(&mut exact.iter().copied())).sqrt();
+            eprintln!("{bits:?}, {k} to {m}: error {:.2} %", error * 100.0);
+            assert!(error < most, "{bits:?}: {error}");
+        }
+    }
+}
+
+#[test]
+fn rows_of_a_quantised_embedding() {
+    let Some(d) = device("rows_of_a_quantised_embedding") else {
+        return;
+    };
+    let mut errors = Errors::default();
+    let mut random = Random(25);
+    let (vocab, width) = (300, 384);
+    let w = weights(&mut random, vocab, width);
+    let norm = random.values(width);
+    for bits in BOTH {
+        let expected = quantise(&floats(&w), vocab, width, bits).halves;
+        let table = quantised(&d, vocab, width, &w, bits);
+        // Row 0 has groups of zeros; the last one is the token that slot 2 sampled.
+        let tokens = [7, 299, 150, stoker_kernels::cuda::PREVIOUS | 2];
+        let rows: Vec<StepRow> = tokens
+            .iter()
+            .map(|&token| StepRow {
+                token,
+                ..StepRow::default()
+            })
+            .collect();
+        let previous = d.buffer(&[1u32, 2, 33]);
+        let residual = d.poisoned_f32(4 * width);
+        let normed = d.poisoned(4 * width);
+        let (rows, weights) = (d.buffer(&rows), d.buffer(&norm));
+        d.kernels
+            .embed_quantised(
+                &d.stream,
+                rows.all(),
+                previous.all(),
+                &table,
+                residual.all(),
+                weights.all(),
+                normed.all(),
+                1e-5,
+            )
+            .unwrap();
+        let mut wanted = Vec::new();
+        let mut wanted_normed = Vec::new();
+        for token in [7, 299, 150, 33] {
+            let row = &expected[token * width..(token + 1) * width];
+            let mean = row.iter().map(|v| v * v).sum::<f32>() / width as f32;
+            let scale = 1.0 / (mean + 1e-5).sqrt();
+            wanted.extend_from_slice(row);
+            wanted_normed.extend(row.iter().zip(&norm).map(|(v, n)| v * scale * n));
+        }
+        let found = residual.all().read().unwrap();
+        errors.compare(&format!("{bits:?} residual"), &found, &wanted, 0.1, 1e-3);
+        let found = floats(&normed.all().read().unwrap());
+        errors.compare(
+            &format!("{bits:?} normed"),
+            &found,
+            &wanted_normed,
+            1.0,
+            2e-3,
+        );
+    }
+    errors.finish("rows_of_a_quantised_embedding");
+}
+
+#[test]
+fn heads_get_their_bias_and_norms() {
+    let Some(d) = device("heads_get_their_bias_and_norms") else {
+        return;
+    };
+    let mut errors = Errors::default();
+    let mut random = Random(26);
+    for head_size in [64, 96, 128] {
+        let shape = AttentionShape {
+            heads: 6,
+            kv_heads: 2,
+            head_size,
+            window: None,
+        };
+        let width = shape.qkv_width();
+        for (rows, parts, biased, normed) in
+            [(1, 0, true, false), (5, 0, false, true), (9, 3, true, true)]
+        {
+            let bias = random.values(width);
+            let norms = [(); 2].map(|()| random.values(head_size));
+            let halves = random.halves(rows * width);
+            let sums: Vec<f32> = random.values(parts * rows * width);
+            let mut expected: Vec<f32> = match parts {
+                0 => floats(&halves),
+                _ => (0..rows * width)
+                    .map(|i| (0..parts).map(|part| sums[part * rows * width + i]).sum())
+                    .collect(),
+            };
+            if biased {
+                add_bias(&mut expected, width, &bias).unwrap();
+            }
+            if normed {
+                let [query, key] = norms.clone().map(|weight| Norm {
+                    weight,
+                    epsilon: 1e-6,
+                });
+                norm_heads(&mut expected, width, shape, &query, &key).unwrap();
+            }
+            let out = d.buffer(&halves);
+            let sums = d.buffer(&sums);
+            let bias = d.buffer(&bias);
+            let norms = norms.map(|norm| d.buffer(&norm));
+            let qkv = match parts {
+                0 => Qkv::F16(out.all()),
+                _ => Qkv::Sums {
+                    values: sums.all(),
+                    parts,
+                },
+            };
+            let heads = Heads {
+                bias: biased.then_some(bias.all()),
+                norms: normed.then_some([norms[0].all(), norms[1].all()]),
+                epsilon: 1e-6,
+            };
+            d.kernels
+                .finish_heads(&d.stream, rows, shape, qkv, heads, out.all())
+                .unwrap();
+            let found = floats(&out.all().read().unwrap());
+            let what = format!("{head_size}, {rows} rows, {parts} parts");
+            errors.compare(&what, &found, &expected, 1.0, 1e-3);
+        }
+    }
+    errors.finish("heads_get_their_bias_and_norms");
+}

@@ -1,0 +1,160 @@
+//! Products by themselves, and cuts of them tried inside the whole step.
+
+use half::f16;
+use stoker_kernels::cuda::{self, Buffer, FewTile, Stream};
+use stoker_model::cuda::{Layer, Matrix, Tuning};
+
+use crate::{Bench, CONTEXT, Error};
+
+/// As [`Tuning::tiles`] has them.
+const PRODUCTS: [&str; 5] = ["qkv", "output", "gate_up", "down", "head"];
+
+/// Each product of a layer by itself, over all layers: bytes or operations against the limit.
+pub fn products(bench: &Bench, stream: &Stream) -> Result<(), Error> {
+    let gpu = bench.kernels.gpu();
+    let config = &bench.config;
+    let most = 8192;
+    let x = Buffer::<f16>::zeroed(gpu, "a bench", most * config.inner)?;
+    bench.kernels.fill(stream, x.all(), 77, 1.0)?;
+    let out = Buffer::<f16>::zeroed(gpu, "a bench", most * config.inner)?;
+    let sums = Buffer::<f32>::zeroed(gpu, "a bench", most * config.inner)?;
+    let (begun, ended) = (cuda::Event::new(gpu)?, cuda::Event::new(gpu)?);
+    println!(
+        "products   rows        qkv         output        gate_up          down   TB/s (to 256 rows) or TFLOP/s"
+    );
+    for rows in [1, 8, 16, 32, 64, 128, 256, 512, 2048, 8192] {
+        print!("{rows:15}");
+        for which in 0..4 {
+            let run = |layer: &Layer| -> Result<(), Error> {
+                let Matrix::F16(w) = layer.matrices()[which] else {
+                    return Err("products are timed with f16".into());
+                };
+                let k = &bench.kernels;
+                let gate_up = which == 2;
+                if rows <= 16 {
+                    let input = cuda::FewIn {
+                        x: x.all(),
+                        squares: None,
+                        epsilon: 1e-5,
+                    };
+                    let to = if gate_up {
+                        cuda::FewOut::GateUp(out.all())
+                    } else {
+                        cuda::FewOut::F16(out.all())
+                    };
+                    k.few(stream, rows, input, w, to, None)?;
+                } else {
+                    let halves = which == 0 && rows > 384;
+                    let shape = k.many_shape(w.rows(), w.cols(), rows, !gate_up && !halves, halves);
+                    let to = match (gate_up, halves) {
+                        (true, _) => cuda::ManyOut::GateUp(out.all()),
+                        (_, true) => cuda::ManyOut::F16(out.all()),
+                        _ => cuda::ManyOut::Sums(sums.all()),
+                    };
+                    k.many(stream, rows, x.all(), w, to, shape)?;
+                }
+                Ok(())
+            };
+            let mut best = f64::INFINITY;
+            for _ in 0..4 {
+                stream.record(&begun)?;
+                for layer in &bench.weights.layers {
+                    run(layer)?;
+                }
+                stream.record(&ended)?;
+                ended.synchronize()?;
+                best = best.min(ended.since(&begun)?.as_secs_f64() / config.layers as f64);
+            }
+            let w = bench.weights.layers[0].matrices()[which];
+            let amount = match rows <= 256 {
+                true => w.bytes() as f64,
+                false => w.bytes() as f64 * rows as f64,
+            };
+            print!(" {:7.1} us {:5.2}", best * 1e6, amount / best / 1e12);
+        }
+        println!();
+    }
+    Ok(())
+}
+
+/// Cuts of the products, each tried inside the whole step.
+pub fn tune(bench: &Bench) -> Result<(), Error> {
+    for batch in [1, 8, 16] {
+        let base = Tuning::best(bench.kernels.gpu());
+        let measure = |tuning| -> Result<f64, Error> {
+            let executor = bench.executor(batch, 512, 1024, Some(tuning))?;
+            Ok(bench.decode(executor, batch, CONTEXT)?.1)
+        };
+        println!(
+            "tune batch {batch}: as it is {:.3} ms",
+            measure(base)? * 1e3
+        );
+        for part_tokens in [32, 64, 128] {
+            let seconds = measure(Tuning {
+                part_tokens,
+                ..base
+            })?;
+            println!("  parts of {part_tokens}: {:.3}", seconds * 1e3);
+        }
+        for (which, name) in PRODUCTS.into_iter().enumerate() {
+            print!("  {name}:");
+            for tile in FewTile::all(batch) {
+                let mut tuning = base;
+                tuning.tiles[which] = Some(tile);
+                print!(
+                    " {}x{} {:.3}",
+                    tile.warps,
+                    tile.tiles,
+                    measure(tuning)? * 1e3
+                );
+            }
+            println!();
+        }
+    }
+    for batch in [16, 32] {
+        for few_rows in [0, 32] {
+            let tuning = Tuning {
+                few_rows,
+                ..Tuning::best(bench.kernels.gpu())
+            };
+            let executor = bench.executor(batch, 512, 1024, Some(tuning))?;
+            println!(
+                "batch {batch}, streamed up to {few_rows}: {:.3} ms",
+                bench.decode(executor, batch, CONTEXT)?.1 * 1e3
+            );
+        }
+    }
+    Ok(())
+}
+
+/// The same with quantised weights.
+pub fn quantised(bench: &Bench) -> Result<(), Error> {
+    for batch in [1, 8, 16, 32] {
+        let base = Tuning::best(bench.kernels.gpu());
+        let measure = |tuning| -> Result<f64, Error> {
+            let executor = bench.executor(batch, 512, 1024, Some(tuning))?;
+            Ok(bench.decode(executor, batch, CONTEXT)?.1)
+        };
+        println!(
+            "tune {} batch {batch}: as it is {:.3} ms",
+            bench.dtype(),
+            measure(base)? * 1e3
+        );
+        for (which, name) in PRODUCTS.into_iter().enumerate() {
+            print!("  {name}:");
+            for tile in cuda::Quantised::few_tiles(batch) {
+                let mut tuning = base;
+                tuning.quantised_tiles[which] = Some(tile);
+                print!(
+                    " {}x{}/{} {:.3}",
+                    tile.warps,
+                    tile.tiles,
+                    tile.most_warps,
+                    measure(tuning)? * 1e3
+                );
+            }
+            println!();
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,494 @@
+//! The forward pass on a GPU: one step's kernels, put into a stream.
+
+use std::sync::Arc;
+
+use half::f16;
+use stoker_kernels::{
+    BLOCK_SIZE, Rope,
+    cuda::{
+        Attention, Buffer, CacheShape, CudaError, FEW_ROWS, FewIn, FewOut, FewTile, Gpu, Heads,
+        Kernels, ManyOut, NormRows, Qkv, QuantisedTile, Slice, Squares, Stream,
+    },
+};
+
+use super::{
+    Layer, Layout, Matrix, Sizes, Weights,
+    product::{self, Becomes, Cut, Scratch, Tile},
+};
+use crate::config::ModelConfig;
+
+/// Blocks of threads that decoding's attention should have for each processor, by splitting
+/// contexts.
+const ATTENTION_BLOCKS: usize = 2;
+/// Parts that any context may be split into, if it is long.
+const LEAST_PARTS: usize = 4;
+/// Most parts of a context.
+const MOST_PARTS: usize = 32;
+
+/// How the kernels are chosen and cut.
+#[derive(Clone, Copy, Debug)]
+pub struct Tuning {
+    /// Most decoding rows that the weights are streamed for; more go through tiles.
+    pub few_rows: usize,
+    /// The same of quantised weights.
+    pub few_rows_quantised: usize,
+    /// Least tokens of a part of a context.
+    pub part_tokens: usize,
+    /// Cuts of the four products of a layer and the head, for trying them out.
+    pub tiles: [Option<FewTile>; 5],
+    /// The same with quantised weights.
+    pub quantised_tiles: [Option<QuantisedTile>; 5],
+}
+
+impl Tuning {
+    /// What is fastest, as measured.
+    pub fn best(gpu: &Gpu) -> Self {
+        Self {
+            few_rows: if gpu.capability() >= 90 { 8 } else { FEW_ROWS },
+            few_rows_quantised: FEW_ROWS,
+            part_tokens: 256,
+            tiles: [None; 5],
+            quantised_tiles: [None; 5],
+        }
+    }
+}
+
+/// A model with its KV cache and the room that a step needs.
+pub struct Forward {
+    kernels: Arc<Kernels>,
+    config: ModelConfig,
+    weights: Arc<Weights>,
+    sizes: Sizes,
+    pub tuning: Tuning,
+    cache_shape: CacheShape,
+    /// All layers' blocks, layer by layer.
+    cache: Buffer<f16>,
+    rope: Buffer<[f32; 2]>,
+    /// Tokens that the last step sampled, by slot.
+    previous: Buffer<u32>,
+    residual: Buffer<f32>,
+    normed: Buffer<f16>,
+    qkv: Buffer<f16>,
+    queries: Buffer<f16>,
+    attention: Buffer<f16>,
+    inner: Buffer<f16>,
+    sums: Buffer<f32>,
+    squares: [Buffer<f32>; 2],
+    workspace: Buffer<f32>,
+    tickets: Buffer<u32>,
+    logits: Buffer<f32>,
+    scratch: Scratch,
+}
+
+impl Forward {
+    /// Takes all memory that steps will need.
+    pub fn new(
+        kernels: Arc<Kernels>,
+        config: ModelConfig,
+        weights: Arc<Weights>,
+        sizes: Sizes,
+        blocks: usize,
+    ) -> Result<Self, CudaError> {
+        let gpu = kernels.gpu().clone();
+        let shape = config.attention;
+        let cache_shape = CacheShape::new(shape, blocks)?;
+        let rope = Rope::new(
+            sizes.max_model_len,
+            config.rotated,
+            config.rope_base,
+            weights.rope_factors.as_deref(),
+        )?;
+        let rotations: Vec<[f32; 2]> = rope.rotations().collect();
+        let rows = sizes.max_rows;
+        let tuning = Tuning::best(&gpu);
+        let decodes = sizes.max_sequences.min(rows);
+        let workspace = (1..=decodes)
+            .map(|n| cache_shape.workspace_len(n, decode_parts(&kernels, &config, n)))
+            .max()
+            .unwrap_or(0);
+        let squares = FEW_ROWS * Kernels::few_square_parts(config.hidden);
+        let of = "a step's activations";
+        Ok(Self {
+            cache: Buffer::zeroed(
+                &gpu,
+                "the KV cache",
+                config.layers * blocks * CacheShape::block_len(shape),
+            )?,
+            rope: Buffer::from_slice(&gpu, "rope's table", &rotations)?,
+            previous: Buffer::zeroed(&gpu, of, sizes.max_sequences)?,
+            residual: Buffer::zeroed(&gpu, of, rows * config.hidden)?,
+            normed: Buffer::zeroed(&gpu, of, rows * config.hidden)?,
+            qkv: Buffer::zeroed(&gpu, of, rows * shape.qkv_width())?,
+            queries: Buffer::zeroed(&gpu, of, rows * shape.out_width())?,
+            attention: Buffer::zeroed(&gpu, of, rows * shape.out_width())?,
+            inner: Buffer::zeroed(&gpu, of, rows * config.inner)?,
+            sums: Buffer::zeroed(
+                &gpu,
+                of,
+                product::most_sums(&kernels, &config, &weights, rows, HALVES_ROWS),
+            )?,
+            squares: [
+                Buffer::zeroed(&gpu, of, squares)?,
+                Buffer::zeroed(&gpu, of, squares)?,
+            ],
+            workspace: Buffer::zeroed(&gpu, of, workspace)?,
+            tickets: Buffer::zeroed(&gpu, of, decodes * shape.kv_heads)?,
+            logits: Buffer::zeroed(&gpu, of, sizes.max_sequences * config.vocab)?,
+            scratch: Scratch::new(&gpu, &kernels, &weights, rows)?,
+            kernels,
+            config,
+            weights,
+            sizes,
+            tuning,
+            cache_shape,
+        })
+    }
+
+    /// Bytes that a block takes over all layers.
+    pub fn block_bytes(config: &ModelConfig) -> u64 {
+        (config.layers * CacheShape::block_len(config.attention) * size_of::<f16>()) as u64
+    }
+
+    pub fn sizes(&self) -> &Sizes {
+        &self.sizes
+    }
+
+    pub fn config(&self) -> &ModelConfig {
+        &self.config
+    }
+
+    pub fn cache_shape(&self) -> &CacheShape {
+        &self.cache_shape
+    }
+
+    /// The last step's logits, `[samples, vocab]`.
+    pub fn logits(&self) -> Slice<'_, f32> {
+        self.logits.all()
+    }
+
+    /// Puts a step into the stream: its description is at `step`, the tokens go to `out`.
+    pub fn run(
+        &self,
+        stream: &Stream,
+        layout: &Layout,
+        step: Slice<u8>,
+        out: Slice<u32>,
+    ) -> Result<(), CudaError> {
+        let samples = layout.step_samples(step)?;
+        let few = layout.decodes == layout.rows
+            && layout.samples == layout.rows
+            && layout.rows <= self.few_rows();
+        self.embed(stream, layout, step)?;
+        match few {
+            true => self.few(stream, layout, step)?,
+            false => self.many(stream, layout, step)?,
+        }
+        self.kernels.choose(
+            stream,
+            self.logits.all(),
+            self.config.vocab,
+            samples,
+            self.previous.all(),
+            out,
+        )
+    }
+
+    /// Most rows that the weights are streamed for.
+    fn few_rows(&self) -> usize {
+        let most = match self.weights.is_quantised() {
+            true => self.tuning.few_rows_quantised,
+            false => self.tuning.few_rows,
+        };
+        most.min(FEW_ROWS)
+    }
+
+    /// The cut of a product of few rows, if it's not the best known.
+    fn tile(&self, product: usize) -> Tile {
+        (
+            self.tuning.tiles[product],
+            self.tuning.quantised_tiles[product],
+        )
+    }
+
+    fn embed(&self, stream: &Stream, layout: &Layout, step: Slice<u8>) -> Result<(), CudaError> {
+        let rows = layout.step_rows(step)?;
+        let (previous, residual) = (self.previous.all(), self.residual.all());
+        let norm = self.weights.layers[0].attention_norm.all();
+        let normed = self.normed.all();
+        let (k, epsilon) = (&self.kernels, self.config.norm_epsilon);
+        match &self.weights.embedding {
+            Matrix::F16(table) => k.embed(
+                stream, rows, previous, table, residual, norm, normed, epsilon,
+            ),
+            Matrix::Quantised(table) => k.embed_quantised(
+                stream, rows, previous, table, residual, norm, normed, epsilon,
+            ),
+        }
+    }
+
+    /// What an architecture does to queries, keys and values before rope; where they are then.
+    fn finish_heads<'a>(
+        &'a self,
+        stream: &Stream,
+        rows: usize,
+        layer: &Layer,
+        qkv: Qkv<'a>,
+    ) -> Result<Qkv<'a>, CudaError> {
+        if layer.qkv_bias.is_none() && layer.head_norms.is_none() {
+            return Ok(qkv);
+        }
+        let heads = Heads {
+            bias: layer.qkv_bias.as_ref().map(Buffer::all),
+            norms: layer
+                .head_norms
+                .as_ref()
+                .map(|[query, key]| [query.all(), key.all()]),
+            epsilon: self.config.norm_epsilon,
+        };
+        let out = self.qkv.all();
+        self.kernels
+            .finish_heads(stream, rows, self.config.attention, qkv, heads, out)?;
+        Ok(Qkv::F16(out))
+    }
+
+    /// Weights of the norm that follows layer `layer`.
+    fn norm_after(&self, layer: usize) -> Slice<'_, f32> {
+        match self.weights.layers.get(layer + 1) {
+            Some(next) => next.attention_norm.all(),
+            None => self.weights.output_norm.all(),
+        }
+    }
+
+    /// A step of few decoding sequences.
+    fn few(&self, stream: &Stream, layout: &Layout, step: Slice<u8>) -> Result<(), CudaError> {
+        let rows = layout.rows;
+        let [qkv, output, gate_up, down, head] = [0, 1, 2, 3, 4].map(|i| self.tile(i));
+        let epsilon = self.config.norm_epsilon;
+        let mut input = FewIn {
+            x: self.normed.all(),
+            squares: None,
+            epsilon,
+        };
+        let plain = |x| FewIn {
+            x,
+            squares: None,
+            epsilon,
+        };
+        let normed = |place: usize, parts| FewIn {
+            x: self.normed.all(),
+            squares: Some(Squares {
+                values: self.squares[place].all(),
+                parts,
+            }),
+            epsilon,
+        };
+        for (i, layer) in self.weights.layers.iter().enumerate() {
+            let product = |input, w, out, tile| {
+                product::few(&self.kernels, stream, rows, input, w, out, tile)
+            };
+            product(input, &layer.qkv, FewOut::F16(self.qkv.all()), qkv)?;
+            let heads = self.finish_heads(stream, rows, layer, Qkv::F16(self.qkv.all()))?;
+            self.decode(stream, layout, step, i, heads)?;
+            let residual = |next_norm, place: usize| FewOut::Residual {
+                residual: self.residual.all(),
+                next_norm,
+                next: self.normed.all(),
+                squares: self.squares[place].all(),
+            };
+            let parts = product(
+                plain(self.attention.all()),
+                &layer.output,
+                residual(layer.ffn_norm.all(), 0),
+                output,
+            )?;
+            product(
+                normed(0, parts),
+                &layer.gate_up,
+                FewOut::GateUp(self.inner.all()),
+                gate_up,
+            )?;
+            let parts = product(
+                plain(self.inner.all()),
+                &layer.down,
+                residual(self.norm_after(i), 1),
+                down,
+            )?;
+            input = normed(1, parts);
+        }
+        let logits = FewOut::F32(self.logits.all());
+        let w = self.weights.head();
+        product::few(&self.kernels, stream, rows, input, w, logits, head)?;
+        Ok(())
+    }
+
+    /// A step of more rows, or with prompt chunks.
+    fn many(&self, stream: &Stream, layout: &Layout, step: Slice<u8>) -> Result<(), CudaError> {
+        let k = &self.kernels;
+        let rows = layout.rows;
+        let epsilon = self.config.norm_epsilon;
+        let sums_of = |x, w: &Matrix| {
+            let out = ManyOut::Sums(self.sums.all());
+            self.product(stream, rows, x, w, out, Becomes::Parts)
+        };
+        let norm = |parts, weights, samples| {
+            k.norm(
+                stream,
+                &NormRows {
+                    residual: self.residual.all(),
+                    sums: self.sums.all(),
+                    parts,
+                    rows,
+                    samples,
+                    weights,
+                    epsilon,
+                    out: self.normed.all(),
+                },
+            )
+        };
+        let last = self.weights.layers.len() - 1;
+        for (i, layer) in self.weights.layers.iter().enumerate() {
+            let qkv = if rows > HALVES_ROWS {
+                let out = ManyOut::F16(self.qkv.all());
+                let x = self.normed.all();
+                self.product(stream, rows, x, &layer.qkv, out, Becomes::F16)?;
+                Qkv::F16(self.qkv.all())
+            } else {
+                Qkv::Sums {
+                    parts: sums_of(self.normed.all(), &layer.qkv)?,
+                    values: self.sums.all(),
+                }
+            };
+            let qkv = self.finish_heads(stream, rows, layer, qkv)?;
+            self.chunks(stream, layout, step, i, qkv)?;
+            let parts = sums_of(self.attention.all(), &layer.output)?;
+            norm(parts, layer.ffn_norm.all(), None)?;
+            let out = ManyOut::GateUp(self.inner.all());
+            let x = self.normed.all();
+            self.product(stream, rows, x, &layer.gate_up, out, Becomes::GateUp)?;
+            let parts = sums_of(self.inner.all(), &layer.down)?;
+            let samples = match i == last {
+                true => Some(layout.step_samples(step)?),
+                false => None,
+            };
+            norm(parts, self.norm_after(i), samples)?;
+        }
+        self.head(stream, layout.samples)
+    }
+
+    /// A product of many rows; gives the parts that its sums are in.
+    fn product(
+        &self,
+        stream: &Stream,
+        rows: usize,
+        x: Slice<f16>,
+        w: &Matrix,
+        out: ManyOut,
+        becomes: Becomes,
+    ) -> Result<usize, CudaError> {
+        let size = (w.rows(), w.cols(), w.is_quantised());
+        let cut = Cut::of(&self.kernels, size, rows, becomes);
+        let scratch = &self.scratch;
+        product::many(&self.kernels, stream, scratch, (rows, x), w, out, cut)?;
+        Ok(cut.parts())
+    }
+
+    /// Attention of all sequences: decoding ones first, then prompt chunks.
+    fn chunks(
+        &self,
+        stream: &Stream,
+        layout: &Layout,
+        step: Slice<u8>,
+        layer: usize,
+        qkv: Qkv,
+    ) -> Result<(), CudaError> {
+        if layout.tiles > 0 {
+            let attention = self.attention_of(layout, step, layer, qkv)?;
+            let queries = self.queries.all();
+            self.kernels
+                .rope(stream, &attention, layout.decodes, queries)?;
+            self.decode(stream, layout, step, layer, qkv)?;
+            let tiles = layout.step_tiles(step)?;
+            return self.kernels.prefill(stream, &attention, queries, tiles);
+        }
+        self.decode(stream, layout, step, layer, qkv)
+    }
+
+    fn decode(
+        &self,
+        stream: &Stream,
+        layout: &Layout,
+        step: Slice<u8>,
+        layer: usize,
+        qkv: Qkv,
+    ) -> Result<(), CudaError> {
+        let parts = decode_parts(&self.kernels, &self.config, layout.decodes);
+        self.kernels.decode(
+            stream,
+            &self.attention_of(layout, step, layer, qkv)?,
+            layout.decodes,
+            (parts, self.tuning.part_tokens),
+            self.workspace.all(),
+            self.tickets.all(),
+        )
+    }
+
+    fn attention_of<'a>(
+        &'a self,
+        layout: &Layout,
+        step: Slice<'a, u8>,
+        layer: usize,
+        qkv: Qkv<'a>,
+    ) -> Result<Attention<'a>, CudaError> {
+        let blocks = self.cache_shape.blocks * CacheShape::block_len(self.config.attention);
+        Ok(Attention {
+            qkv,
+            rows: layout.rows,
+            rope: self.rope.all(),
+            rotated: self.config.rotated,
+            shape: self.cache_shape,
+            cache: self.cache.slice(layer * blocks..(layer + 1) * blocks)?,
+            step_rows: layout.step_rows(step)?,
+            sequences: layout.step_sequences(step)?,
+            tables: layout.step_blocks(step)?,
+            out: self.attention.all(),
+        })
+    }
+
+    /// Logits of the samples' rows, which are normed one after the other.
+    fn head(&self, stream: &Stream, samples: usize) -> Result<(), CudaError> {
+        let w = self.weights.head();
+        let x = self.normed.all();
+        if samples == 0 {
+            return Ok(());
+        }
+        if samples <= self.few_rows() {
+            let input = FewIn {
+                x,
+                squares: None,
+                epsilon: self.config.norm_epsilon,
+            };
+            let out = FewOut::F32(self.logits.all());
+            let tile = self.tile(4);
+            product::few(&self.kernels, stream, samples, input, w, out, tile)?;
+            return Ok(());
+        }
+        let out = ManyOut::Sums(self.logits.all());
+        self.product(stream, samples, x, w, out, Becomes::Sums)?;
+        Ok(())
+    }
+}
+
+/// Rows from which queries, keys and values are written in f16 rather than as sums to be added.
+const HALVES_ROWS: usize = 384;
+
+/// Parts that contexts may be split into in a step of so many decoding sequences.
+fn decode_parts(kernels: &Kernels, config: &ModelConfig, sequences: usize) -> usize {
+    let blocks = config.attention.kv_heads * sequences.max(1);
+    let wanted = ATTENTION_BLOCKS * kernels.gpu().processors() as usize;
+    (wanted / blocks).clamp(LEAST_PARTS, MOST_PARTS)
+}
+
+/// Blocks that a sequence of so many tokens takes.
+pub(super) fn blocks_of(tokens: usize) -> usize {
+    tokens.div_ceil(BLOCK_SIZE)
+}

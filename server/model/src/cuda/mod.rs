@@ -1,0 +1,16 @@
+//! A model on an NVIDIA GPU.
+
+mod executor;
+mod forward;
+mod load;
+mod memory;
+mod product;
+mod sizes;
+mod step;
+mod weights;
+
+pub use executor::CudaExecutor;
+pub use forward::{Forward, Tuning};
+pub use sizes::Sizes;
+pub use step::{Layout, Packed};
+pub use weights::{Layer, Matrix, Weights};

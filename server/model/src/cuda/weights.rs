@@ -1,0 +1,165 @@
+//! A model's weights on the GPU.
+
+use std::cell::Cell;
+
+use stoker_kernels::cuda::{self, Bits, Buffer, CudaError, Kernels, Quantised, Stream};
+
+use crate::{config::ModelConfig, load::Dtype};
+
+/// A weight matrix `[rows, cols]`.
+pub enum Matrix {
+    F16(cuda::Weights),
+    Quantised(Quantised),
+}
+
+pub struct Weights {
+    pub embedding: Matrix,
+    pub layers: Vec<Layer>,
+    pub output_norm: Buffer<f32>,
+    /// `None` where the head is the embedding.
+    pub(super) output: Option<Matrix>,
+    pub rope_factors: Option<Vec<f32>>,
+}
+
+pub struct Layer {
+    pub attention_norm: Buffer<f32>,
+    /// Query, key and value rows, one after the other.
+    pub qkv: Matrix,
+    /// Of all rows of `qkv`, if the architecture has it.
+    pub qkv_bias: Option<Buffer<f32>>,
+    /// Norms of a query's and a key's head, if the architecture has them.
+    pub head_norms: Option<[Buffer<f32>; 2]>,
+    pub output: Matrix,
+    pub ffn_norm: Buffer<f32>,
+    /// Gate and up rows, interleaved.
+    pub gate_up: Matrix,
+    pub down: Matrix,
+}
+
+impl Matrix {
+    /// The matrix as `dtype` has it: f16 also where its columns aren't whole groups.
+    pub(super) fn new(
+        kernels: &Kernels,
+        stream: &Stream,
+        weights: cuda::Weights,
+        dtype: Dtype,
+    ) -> Result<Self, CudaError> {
+        let bits = match dtype {
+            Dtype::Auto | Dtype::Float16 => return Ok(Self::F16(weights)),
+            Dtype::Int8 => Bits::Eight,
+            Dtype::Int4 => Bits::Four,
+        };
+        if !Quantised::fits(weights.cols()) {
+            return Ok(Self::F16(weights));
+        }
+        kernels
+            .quantise(stream, &weights, bits)
+            .map(Self::Quantised)
+    }
+
+    /// Outputs.
+    pub fn rows(&self) -> usize {
+        match self {
+            Self::F16(w) => w.rows(),
+            Self::Quantised(w) => w.rows(),
+        }
+    }
+
+    /// Inputs.
+    pub fn cols(&self) -> usize {
+        match self {
+            Self::F16(w) => w.cols(),
+            Self::Quantised(w) => w.cols(),
+        }
+    }
+
+    pub fn bytes(&self) -> u64 {
+        match self {
+            Self::F16(w) => w.bytes(),
+            Self::Quantised(w) => w.bytes(),
+        }
+    }
+
+    pub fn is_quantised(&self) -> bool {
+        matches!(self, Self::Quantised(_))
+    }
+}
+
+impl Layer {
+    pub fn matrices(&self) -> [&Matrix; 4] {
+        [&self.qkv, &self.output, &self.gate_up, &self.down]
+    }
+}
+
+impl Weights {
+    /// Random weights whose activations neither vanish nor explode, for benches.
+    pub fn random(
+        kernels: &Kernels,
+        config: &ModelConfig,
+        dtype: Dtype,
+    ) -> Result<Self, CudaError> {
+        let gpu = kernels.gpu();
+        let stream = Stream::new(gpu)?;
+        let seed = Cell::new(0);
+        let matrix = |rows, cols: usize| {
+            let matrix = cuda::Weights::zeroed(gpu, rows, cols)?;
+            seed.set(seed.get() + 1);
+            let size = 1.0 / (cols as f32).sqrt();
+            kernels.fill(&stream, matrix.values(), seed.get(), size)?;
+            Matrix::new(kernels, &stream, matrix, dtype)
+        };
+        let norm = || Buffer::from_slice(gpu, "weights", &vec![1.0; config.hidden]);
+        let shape = config.attention;
+        let weights = Self {
+            embedding: matrix(config.vocab, config.hidden)?,
+            layers: (0..config.layers)
+                .map(|_| {
+                    Ok(Layer {
+                        attention_norm: norm()?,
+                        qkv: matrix(shape.qkv_width(), config.hidden)?,
+                        qkv_bias: None,
+                        head_norms: None,
+                        output: matrix(config.hidden, shape.out_width())?,
+                        ffn_norm: norm()?,
+                        gate_up: matrix(2 * config.inner, config.hidden)?,
+                        down: matrix(config.hidden, config.inner)?,
+                    })
+                })
+                .collect::<Result<_, CudaError>>()?,
+            output_norm: norm()?,
+            output: None,
+            rope_factors: None,
+        };
+        stream.synchronize()?;
+        Ok(weights)
+    }
+
+    /// The language-model head, `[vocab, hidden]`.
+    pub fn head(&self) -> &Matrix {
+        self.output.as_ref().unwrap_or(&self.embedding)
+    }
+
+    /// Whether most weights are of 8 or 4 bits.
+    pub fn is_quantised(&self) -> bool {
+        let bytes = |quantised| -> u64 {
+            let all = self.matrices();
+            all.filter(|m| m.is_quantised() == quantised)
+                .map(|m| (m.rows() * m.cols()) as u64)
+                .sum()
+        };
+        bytes(true) > bytes(false)
+    }
+
+    /// Memory that the matrices take.
+    pub fn bytes(&self) -> u64 {
+        self.matrices().map(Matrix::bytes).sum()
+    }
+
+    fn matrices(&self) -> impl Iterator<Item = &Matrix> {
+        self.layers
+            .iter()
+            .flat_map(Layer::matrices)
+            .chain([&self.embedding])
+            .chain(&self.output)
+    }
+}
