@@ -27,6 +27,7 @@ pub struct Point {
     pub dials: Dials,
     pub running: u32,
     pub waiting: u32,
+    /// Of the last change since the point before, or else of the moment.
     pub reason: Option<String>,
 }
 
@@ -87,6 +88,8 @@ struct Fleet<'a> {
     reversals: u32,
     /// Whether the last change was upwards.
     direction: Option<bool>,
+    /// Why the last change was made, until it is noted.
+    changed: Option<String>,
 }
 
 impl<'a> Fleet<'a> {
@@ -113,6 +116,7 @@ impl<'a> Fleet<'a> {
             changes: 0,
             reversals: 0,
             direction: None,
+            changed: None,
         };
         fleet.refresh();
         fleet
@@ -401,6 +405,9 @@ impl<'a> Fleet<'a> {
             overrides,
             weights,
         } = policy.decide(&view);
+        if dials != self.dials {
+            self.changed = policy.reason();
+        }
         self.dials = dials;
         for pod in &mut self.pods.list {
             let own = overrides.iter().find(|(id, _)| *id == pod.id);
@@ -419,6 +426,7 @@ impl<'a> Fleet<'a> {
             self.reversals += u32::from(self.direction.is_some_and(|before| before != upwards));
             self.direction = Some(upwards);
             self.desired = replicas;
+            self.changed = policy.reason();
             self.pods.scale(replicas, self.setup, dials, self.now);
         }
         self.refresh();
@@ -442,7 +450,7 @@ impl<'a> Fleet<'a> {
             dials: self.dials,
             running,
             waiting,
-            reason: policy.reason(),
+            reason: self.changed.take().or_else(|| policy.reason()),
         });
     }
 }
