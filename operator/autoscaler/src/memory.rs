@@ -93,6 +93,8 @@ pub(crate) struct Misses {
     pub ended: f64,
     pub missed: f64,
     pub expected: f64,
+    /// Requests that ended and missed in the last hour or so, shortages included.
+    pub long: (f64, f64),
     /// Shares predicted since the last comparison, and how many.
     pub predicted: (f64, u32),
     pub judged_at: f64,
@@ -100,7 +102,23 @@ pub(crate) struct Misses {
     pub shortage_at: f64,
 }
 
+/// Misses that tell a share of misses to within a third.
+const TELLING: f64 = 10.0;
+/// More than the misses allowed are expected at a time where fewer have been, at most so many times.
+const MOST_LEFT: f64 = 1.3;
+
 impl Misses {
+    /// How many times the misses allowed may be expected now, for what hasn't been spent of late.
+    pub fn left(&self, allowed: f64) -> f64 {
+        let (ended, missed) = self.long;
+        let spent = (missed + missed.max(0.0).sqrt() + TELLING) / (allowed * ended + TELLING);
+        if spent.is_finite() {
+            (2.0 - spent).clamp(1.0, MOST_LEFT)
+        } else {
+            1.0
+        }
+    }
+
     pub fn derating(&self) -> f64 {
         if self.derating.is_finite() {
             self.derating.max(1.0)

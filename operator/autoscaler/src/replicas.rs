@@ -28,6 +28,8 @@ const AFTERMATH: f64 = 90.0;
 const JUDGED_EVERY: f64 = 60.0;
 /// What counts of older comparisons at each: half after five minutes.
 const MISSES_KEPT: f64 = 0.87;
+/// The same for the misses that were spent of those allowed: half after half an hour.
+const LONG_KEPT: f64 = 0.977;
 /// Factor by which a replica is taken to carry less, and at most.
 const DERATED_BY: f64 = 1.1;
 const MOST_DERATED: f64 = 4.0;
@@ -36,8 +38,8 @@ const DERATING_KEPT: f64 = 0.977;
 /// Turns within an hour that make the next one twice as dear, and how dear it is at most.
 const TURNS_DOUBLE: f64 = 4.0;
 const DEAREST: f64 = 3.0;
-/// Turns within an hour after which only what repeats itself makes another one: it would be the
-/// seventh, and the one back the eighth.
+/// Turns within an hour after which only the end of what repeats itself makes another one: it would be
+/// the seventh, and the one back the eighth.
 const MOST_TURNS: usize = 6;
 /// Least seconds between two steps down.
 const BETWEEN_STEPS: f64 = 10.0;
@@ -103,14 +105,15 @@ pub(crate) fn need(scene: &Scene, demand: &Demand, tuned: &Tuned, memory: &mut M
         0 => 0,
         n => n.saturating_add(lacking),
     };
+    let share = memory.misses.left(fleet.model.allowed());
     let quiet = if demand.idle { 0.0 } else { 1.0 };
     let (ahead, again) = (quiet * ahead, again.max(0.0));
-    let up = needs((ahead - doubt).max(again), 1.0, hint);
-    let down = needs(ahead, KEPT_MISSES, up).max(up);
+    let up = needs((ahead - doubt).max(again), share, hint);
+    let down = needs(ahead, share * KEPT_MISSES, up).max(up);
     Need {
         up,
         down,
-        by_pattern: pattern.map(|rate| needs(rate.max(ahead), KEPT_MISSES, down)),
+        by_pattern: pattern.map(|rate| needs(rate.max(ahead), share * KEPT_MISSES, down)),
         by_in_flight: false,
     }
 }
@@ -240,10 +243,12 @@ pub(crate) fn learn_from_misses(
     let predicted = misses.predicted.0 / f64::from(misses.predicted.1);
     misses.judged_at = now;
     misses.predicted = (0.0, 0);
+    let ended = demand.good + demand.missed;
+    let (all, missed) = misses.long;
+    misses.long = (LONG_KEPT * all + ended, LONG_KEPT * missed + demand.missed);
     if now - misses.shortage_at < AFTERMATH {
         return;
     }
-    let ended = demand.good + demand.missed;
     misses.ended = MISSES_KEPT * misses.ended + ended;
     misses.missed = MISSES_KEPT * misses.missed + demand.missed;
     misses.expected = MISSES_KEPT * misses.expected + ended * predicted;
@@ -376,6 +381,7 @@ pub(crate) fn plan(
     if let Some(enough) = need.by_pattern.map(|n| n.max(need.down).max(floor))
         && enough < current
         && memory.low.lasted(now, current - 1) >= BETWEEN_STEPS
+        && (current - enough >= 2 || memory.turns.wait(now, MOST_TURNS) <= 0.0)
     {
         memory.lowered_at = Some(now);
         memory.turns.note(now, false);
