@@ -52,3 +52,10 @@ template <int BITS> __device__ __forceinline__ void read_piece(const unsigned ch
     const u32* from = (const u32*)(group + piece_at<BITS>(t, j));
     unpack_piece<BITS>(from[0], BITS == 8 ? from[1] : 0, h);
 }
+
+#if __CUDA_ARCH__ >= 800
+// Copies 8 bytes from global to shared memory, asynchronously.
+__device__ __forceinline__ void copy8(void* to, const void* from) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 8;" ::"r"(shared_address(to)), "l"(from) : "memory");
+}
+#endif

@@ -78,9 +78,9 @@ __device__ __forceinline__ void skinny(const SkinnyQ& p) {
         }
     };
 
-    // x for a turn, each piece asked for again as soon as it's used; of more rows or outputs there is no room
-    // to do so ahead.
-    constexpr bool AHEAD = NT * MT == 1;
+    // x for a turn, each piece asked for again as soon as it's used. Of more rows or outputs there
+    // is no room to do so ahead; 8 bits do better with more warps than with that.
+    constexpr bool AHEAD = BITS == 4 && NT * MT == 1;
     uint4 b[AHEAD ? 4 : 1][NT];
     auto load_x = [&](int j, int turn) {
         // After a tile's last turn comes the first of the next: the same x again.
@@ -220,23 +220,17 @@ __device__ __forceinline__ void skinny(const SkinnyQ& p) {
 }
 
 #define SKINNY(OP, NAME, BITS, W, MT, NT, ST)                                        \
-    KERNEL __launch_bounds__(32 * W, (NT * MT <= 2 ? 16 : 8) / W) skinny##BITS##_##NAME##_w##W##_m##MT##_n##NT(   \
+    KERNEL __launch_bounds__(32 * W, (BITS == 8 && NT * MT == 1 ? 24 : 16) / W) skinny##BITS##_##NAME##_w##W##_m##MT##_n##NT(   \
         const __grid_constant__ SkinnyQ p) {                                         \
         skinny<OP, BITS, W, MT, NT, ST>(p);                                          \
     }
 #define SKINNY_TILES(OP, NAME)       \
-    SKINNY(OP, NAME, 8, 4, 1, 1, 2)  \
     SKINNY(OP, NAME, 8, 8, 1, 1, 2)  \
-    SKINNY(OP, NAME, 8, 4, 2, 1, 2)  \
     SKINNY(OP, NAME, 8, 8, 2, 1, 2)  \
     SKINNY(OP, NAME, 8, 8, 1, 2, 2)  \
-    SKINNY(OP, NAME, 8, 8, 1, 4, 2)  \
-    SKINNY(OP, NAME, 4, 4, 1, 1, 3)  \
     SKINNY(OP, NAME, 4, 8, 1, 1, 3)  \
-    SKINNY(OP, NAME, 4, 4, 2, 1, 3)  \
     SKINNY(OP, NAME, 4, 8, 2, 1, 3)  \
-    SKINNY(OP, NAME, 4, 8, 1, 2, 3)  \
-    SKINNY(OP, NAME, 4, 8, 1, 4, 3)
+    SKINNY(OP, NAME, 4, 8, 1, 2, 3)
 SKINNY_TILES(QKV, qkv)
 SKINNY_TILES(RESIDUAL, residual)
 SKINNY_TILES(GATE_UP, gate_up)

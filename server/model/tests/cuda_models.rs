@@ -303,5 +303,6 @@ fn a_thousand_requests_equal_the_cpus() {
     eprintln!(
         "{equal} of {REQUESTS} equal, {ties} leave at a near tie, {drawn} at a near draw; {preempted} put off"
     );
-    assert!(ties + drawn < REQUESTS as usize / 10);
+    // Every fourth request is drawn; these random weights give logits that lie close together.
+    assert!(ties < REQUESTS as usize / 10 && drawn < REQUESTS as usize / 8);
 }

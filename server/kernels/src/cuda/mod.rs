@@ -40,7 +40,7 @@ pub use heads::Heads;
 pub use launch::Kernels;
 pub use many::{ManyOut, ManyShape};
 pub use memory::{Buffer, Pinned, Plain, Slice};
-pub use quantised::{Bits, GROUP, Quantised, QuantisedTile, TiledShape};
+pub use quantised::{Bits, FEW_ROWS_QUANTISED, GROUP, Quantised, TiledShape};
 pub use rows::NormRows;
 pub use step::{NOWHERE, PREVIOUS, StepRow, StepSample, StepSequence, StepTile};
 pub use stream::{Event, Graph, Stream};

@@ -9,7 +9,7 @@ use half::f16;
 use super::{
     driver::Gpu,
     error::CudaError,
-    few::{self, FEW_ROWS, FewIn, FewOut},
+    few::{self, FewIn, FewOut, FewTile},
     launch::{Kernels, Shape},
     many::{self, ManyOut},
     memory::{Buffer, Slice},
@@ -44,32 +44,25 @@ pub struct Quantised {
     cols: usize,
 }
 
-/// How a product of few rows is cut.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct QuantisedTile {
-    /// Warps that split k.
-    pub warps: u32,
-    /// Tiles of 16 outputs of a block of threads.
-    pub tiles: u32,
-    /// Warps that a multiprocessor is given at most: what is left lets the next kernel begin, and
-    /// fetch its weights.
-    pub most_warps: u32,
-}
-
 /// Cuts of products of few rows that are compiled: (warps, tiles of 16 outputs, groups of 8 rows).
-const CUTS: &[(u32, u32, u32)] = &[
-    (4, 1, 1),
-    (8, 1, 1),
-    (4, 2, 1),
-    (8, 2, 1),
-    (8, 1, 2),
-    (8, 1, 4),
-];
+const CUTS: &[(u32, u32, u32)] = &[(8, 1, 1), (8, 2, 1), (8, 1, 2)];
 
-/// Stages of tiled_q.cu: of rows and of weights.
-fn tiled_shared(side: usize, capability: u32) -> u32 {
-    let stages = if capability >= 80 { 3 + 2 } else { 2 + 2 };
-    (stages * side * many::STEP * size_of::<f16>()) as u32
+/// Most rows that streamed products take.
+pub const FEW_ROWS_QUANTISED: usize = 16;
+
+/// Outputs of a tile of a product of many rows.
+const TILE_OUTPUTS: usize = 64;
+
+/// Bytes of shared memory of a tile of so many rows (tiled_q.cu).
+fn tiled_shared(rows: usize, bits: usize, capability: u32) -> u32 {
+    let values = |count: usize| count * many::STEP * size_of::<f16>();
+    let packed = TILE_OUTPUTS * many::STEP * bits / 8;
+    let scales = TILE_OUTPUTS * size_of::<f16>();
+    let bytes = match capability >= 80 {
+        true => 2 * values(TILE_OUTPUTS) + 4 * (values(rows) + packed + scales),
+        false => 2 * (values(TILE_OUTPUTS) + values(rows)),
+    };
+    bytes as u32
 }
 
 pub(crate) fn few_kernels() -> Vec<(String, u32)> {
@@ -92,10 +85,10 @@ pub(crate) fn tiled_kernels(capability: u32) -> Vec<(String, u32)> {
     let mut names = Vec::new();
     for bits in [8, 4] {
         for operation in ["f16", "f32", "gate_up"] {
-            for side in [64, 128] {
+            for rows in [64, 128] {
                 names.push((
-                    format!("tiled{bits}_{operation}_{side}"),
-                    tiled_shared(side, capability),
+                    format!("tiled{bits}_{operation}_{rows}"),
+                    tiled_shared(rows, bits, capability),
                 ));
             }
         }
@@ -185,13 +178,15 @@ impl Bits {
 }
 
 impl Quantised {
-    /// Whether a matrix with so many columns can be made of groups.
-    pub fn fits(cols: usize) -> bool {
-        cols.is_multiple_of(GROUP)
+    /// Whether a matrix is made of whole groups, and its scales of whole vectors.
+    pub fn fits(rows: usize, cols: usize) -> bool {
+        cols.is_multiple_of(GROUP) && rows.is_multiple_of(8)
     }
 
     fn zeroed(gpu: &Arc<Gpu>, bits: Bits, rows: usize, cols: usize) -> Result<Self, CudaError> {
-        check("columns of a quantised matrix in groups", cols % GROUP, 0)?;
+        if !Self::fits(rows, cols) {
+            return Err(CudaError::Matrix { rows, cols });
+        }
         Ok(Self {
             bits,
             values: Buffer::zeroed(gpu, "weights", rows * cols * bits.count() / 8)?,
@@ -212,18 +207,24 @@ impl Quantised {
     }
 
     /// All cuts that [`Kernels::few_quantised`] can be asked for with so many rows.
-    pub fn few_tiles(rows: usize) -> Vec<QuantisedTile> {
+    pub fn few_tiles(rows: usize) -> Vec<FewTile> {
         let groups = few::groups(rows);
         CUTS.iter()
             .filter(|cut| cut.2 == groups)
-            .flat_map(|&(warps, tiles, _)| {
-                [8, 16, 24].map(|most_warps| QuantisedTile {
-                    warps,
-                    tiles,
-                    most_warps,
-                })
-            })
+            .map(|&(warps, tiles, _)| FewTile { warps, tiles })
             .collect()
+    }
+
+    /// The cut that is fastest on the whole, as measured (docs/kernels.md).
+    fn best_tile(&self, out: &FewOut, rows: usize) -> FewTile {
+        let wide = match (self.bits, out) {
+            (_, FewOut::GateUp(_)) | (Bits::Four, FewOut::F16(_)) => few::groups(rows) == 1,
+            _ => false,
+        };
+        FewTile {
+            warps: 8,
+            tiles: if wide { 2 } else { 1 },
+        }
     }
 
     pub fn bits(&self) -> Bits {
@@ -245,20 +246,11 @@ impl Quantised {
     }
 }
 
-/// How a product of many rows is cut: tiles of `side` x `side`, and parts of k.
+/// How a product of many rows is cut: tiles of `rows` x 64 outputs, and parts of k.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct TiledShape {
-    pub side: usize,
+    pub rows: usize,
     pub parts: usize,
-}
-
-impl QuantisedTile {
-    /// What is fastest on the whole, as measured (docs/kernels.md).
-    const BEST: Self = Self {
-        warps: 8,
-        tiles: 1,
-        most_warps: 24,
-    };
 }
 
 impl Kernels {
@@ -369,13 +361,13 @@ impl Kernels {
         input: FewIn,
         w: &Quantised,
         out: FewOut,
-        tile: Option<QuantisedTile>,
+        tile: Option<FewTile>,
     ) -> Result<usize, CudaError> {
-        if rows > FEW_ROWS {
-            check("rows of a product of few", rows, FEW_ROWS)?;
+        if rows > FEW_ROWS_QUANTISED {
+            check("rows of a product of few", rows, FEW_ROWS_QUANTISED)?;
         }
         let (m, k) = (w.rows, w.cols);
-        let tile = tile.unwrap_or(QuantisedTile::BEST);
+        let tile = tile.unwrap_or_else(|| w.best_tile(&out, rows));
         let parts = m.div_ceil(16 * tile.tiles as usize);
         let mut p = FewParameters {
             w: w.values.all().pointer(),
@@ -429,7 +421,7 @@ impl Kernels {
         let kernel = self.kernel(&name)?;
         let threads = 32 * tile.warps;
         let resident = self.resident(kernel, threads)?;
-        let blocks = (tile.most_warps / tile.warps).clamp(1, resident.max(1));
+        let blocks = resident.max(1);
         let shape = Shape {
             grid: [
                 (parts as u32).min(blocks * self.gpu().processors()),
@@ -449,15 +441,15 @@ impl Kernels {
     /// How [`Kernels::many_quantised`] cuts a product. `sums`: its output is [`ManyOut::Sums`], the
     /// only one that can have parts.
     pub fn tiled_shape(&self, m: usize, k: usize, n: usize, sums: bool) -> TiledShape {
-        let side = if n <= 64 { 64 } else { 128 };
-        let tiles = m.div_ceil(side) * n.div_ceil(side);
+        let rows = if n <= 64 { 64 } else { 128 };
+        let tiles = m.div_ceil(TILE_OUTPUTS) * n.div_ceil(rows);
         let most = match sums {
             true => MOST_PARTS.min(k.div_ceil(4 * many::STEP)),
             false => 1,
         };
         let wanted = 2 * self.gpu().processors() as usize / tiles.max(1);
         let (parts, _) = many::ManyShape::split(k, wanted.clamp(1, most));
-        TiledShape { side, parts }
+        TiledShape { rows, parts }
     }
 
     /// [`Kernels::many`] with quantised weights.
@@ -499,18 +491,18 @@ impl Kernels {
             n: n as i32,
             steps: steps as i32,
         };
-        let side = shape.side;
+        let (bits, tile) = (w.bits.count(), shape.rows);
         let launch = Shape {
             grid: [
-                m.div_ceil(side) as u32,
-                n.div_ceil(side) as u32,
+                m.div_ceil(TILE_OUTPUTS) as u32,
+                n.div_ceil(tile) as u32,
                 parts as u32,
             ],
-            threads: if side == 64 { 128 } else { 256 },
-            shared: tiled_shared(side, self.gpu().capability()),
+            threads: 256,
+            shared: tiled_shared(tile, bits, self.gpu().capability()),
             early: true,
         };
-        let name = format!("tiled{}_{}_{side}", w.bits.count(), out.operation());
+        let name = format!("tiled{bits}_{}_{tile}", out.operation());
         // SAFETY: as in `few_quantised`; the kernel checks rows and outputs against n and m itself.
         unsafe { self.launch(stream, self.kernel(&name)?, launch, &p) }
     }

@@ -110,7 +110,7 @@ fn weights_become_numbers_and_scales_and_f16_again() {
     };
     let mut errors = Errors::default();
     let mut random = Random(21);
-    for (rows, cols) in [(16, 128), (208, 384), (33, 3072)] {
+    for (rows, cols) in [(16, 128), (208, 384), (40, 3072)] {
         let w = weights(&mut random, rows, cols);
         for bits in BOTH {
             let expected = quantise(&floats(&w), rows, cols, bits);
@@ -166,7 +166,7 @@ fn quantised_products_of_few_rows() {
         for bits in BOTH {
             let expected = quantise(&floats(&w), m, k, bits).values;
             let w = quantised(&d, m, k, &w, bits);
-            for rows in [1, 3, 8, 9, 16, 17, 32] {
+            for rows in [1, 3, 8, 9, 16] {
                 let x_halves = random.halves(rows * k);
                 let sums = product(&floats(&x_halves), &expected, rows, m, k);
                 let x = d.buffer(&x_halves);
@@ -291,7 +291,7 @@ fn quantised_products_of_many_rows() {
         for bits in BOTH {
             let expected = quantise(&floats(&w), m, k, bits).halves;
             let w = quantised(&d, m, k, &w, bits);
-            for rows in [1, 33, 64, 65, 200] {
+            for rows in [1, 17, 33, 64, 65, 200] {
                 let x = random.halves(rows * k);
                 let sums = product(&floats(&x), &expected, rows, m, k);
                 let x = d.buffer(&x);

@@ -14,7 +14,7 @@ pub const BATCHES: [usize; 9] = [1, 2, 4, 8, 16, 32, 64, 128, 256];
 /// (batch, context)
 pub const LONG: [(usize, usize); 2] = [(1, 4000), (4, 4000)];
 /// Batches whose speed with quantised weights is told against f16.
-const COMPARED: [usize; 7] = [1, 2, 4, 8, 16, 32, 64];
+const COMPARED: [usize; 9] = BATCHES;
 const STEPS: usize = 80;
 
 impl Bench {

@@ -129,7 +129,7 @@ pub fn tune(bench: &Bench) -> Result<(), Error> {
 
 /// The same with quantised weights.
 pub fn quantised(bench: &Bench) -> Result<(), Error> {
-    for batch in [1, 8, 16, 32] {
+    for batch in [1, 8, 16] {
         let base = Tuning::best(bench.kernels.gpu());
         let measure = |tuning| -> Result<f64, Error> {
             let executor = bench.executor(batch, 512, 1024, Some(tuning))?;
@@ -146,14 +146,27 @@ pub fn quantised(bench: &Bench) -> Result<(), Error> {
                 let mut tuning = base;
                 tuning.quantised_tiles[which] = Some(tile);
                 print!(
-                    " {}x{}/{} {:.3}",
+                    " {}x{} {:.3}",
                     tile.warps,
                     tile.tiles,
-                    tile.most_warps,
                     measure(tuning)? * 1e3
                 );
             }
             println!();
+        }
+    }
+    for batch in [8, 16] {
+        for few_rows_quantised in [0, 16] {
+            let tuning = Tuning {
+                few_rows_quantised,
+                ..Tuning::best(bench.kernels.gpu())
+            };
+            let executor = bench.executor(batch, 512, 1024, Some(tuning))?;
+            println!(
+                "{} batch {batch}, streamed up to {few_rows_quantised}: {:.3} ms",
+                bench.dtype(),
+                bench.decode(executor, batch, CONTEXT)?.1 * 1e3
+            );
         }
     }
     Ok(())

@@ -6,8 +6,8 @@ use half::f16;
 use stoker_kernels::{
     BLOCK_SIZE, Rope,
     cuda::{
-        Attention, Buffer, CacheShape, CudaError, FEW_ROWS, FewIn, FewOut, FewTile, Gpu, Heads,
-        Kernels, ManyOut, NormRows, Qkv, QuantisedTile, Slice, Squares, Stream,
+        Attention, Buffer, CacheShape, CudaError, FEW_ROWS, FEW_ROWS_QUANTISED, FewIn, FewOut,
+        FewTile, Gpu, Heads, Kernels, ManyOut, NormRows, Qkv, Slice, Squares, Stream,
     },
 };
 
@@ -37,7 +37,7 @@ pub struct Tuning {
     /// Cuts of the four products of a layer and the head, for trying them out.
     pub tiles: [Option<FewTile>; 5],
     /// The same with quantised weights.
-    pub quantised_tiles: [Option<QuantisedTile>; 5],
+    pub quantised_tiles: [Option<FewTile>; 5],
 }
 
 impl Tuning {
@@ -45,7 +45,7 @@ impl Tuning {
     pub fn best(gpu: &Gpu) -> Self {
         Self {
             few_rows: if gpu.capability() >= 90 { 8 } else { FEW_ROWS },
-            few_rows_quantised: FEW_ROWS,
+            few_rows_quantised: FEW_ROWS_QUANTISED,
             part_tokens: 256,
             tiles: [None; 5],
             quantised_tiles: [None; 5],
@@ -195,11 +195,10 @@ impl Forward {
 
     /// Most rows that the weights are streamed for.
     fn few_rows(&self) -> usize {
-        let most = match self.weights.is_quantised() {
-            true => self.tuning.few_rows_quantised,
-            false => self.tuning.few_rows,
-        };
-        most.min(FEW_ROWS)
+        match self.weights.is_quantised() {
+            true => self.tuning.few_rows_quantised.min(FEW_ROWS_QUANTISED),
+            false => self.tuning.few_rows.min(FEW_ROWS),
+        }
     }
 
     /// The cut of a product of few rows, if it's not the best known.

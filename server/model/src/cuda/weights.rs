@@ -49,7 +49,7 @@ impl Matrix {
             Dtype::Int8 => Bits::Eight,
             Dtype::Int4 => Bits::Four,
         };
-        if !Quantised::fits(weights.cols()) {
+        if !Quantised::fits(weights.rows(), weights.cols()) {
             return Ok(Self::F16(weights));
         }
         kernels
