@@ -322,6 +322,30 @@ mod tests {
     }
 
     #[test]
+    fn after_half_a_day_it_is_still_small() {
+        let mut memory = Memory::seeded(4, None, 1.7e9);
+        memory.mix = Some(Mix::UNKNOWN.towards(Mix::default(), 1.0 / 3.0));
+        for i in 0..20_000_u32 {
+            let now = 1.7e9 + 2.0 * f64::from(i);
+            let rate = 12.345_678 + f64::from(i % 1000) / 3.0;
+            let come = crate::history::Arrivals {
+                from: now - 2.0,
+                to: now,
+                requests: 2.0 * rate,
+                share: 1.0,
+            };
+            memory.history.note(&[come], now);
+            memory.history.judge(rate, 75.123_456);
+            let history = &memory.history;
+            memory.recurrence.note(now, |seconds| history.rate(seconds));
+            memory.low.note(now, i % 7, 225.0);
+            memory.turns.note(now, i % 100 < 50);
+        }
+        let stored = serde_json::to_string(&memory).unwrap();
+        assert!((4000..8192).contains(&stored.len()), "{}", stored.len());
+    }
+
+    #[test]
     fn turns_are_counted_and_waited_for() {
         let mut turns = Turns::default();
         for i in 0..8 {
