@@ -6,7 +6,7 @@ CLUSTER ?= local
 export CLUSTER
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench bench-cuda bench-router kernels images model prerequisites cluster-build cluster-up cluster-down
+.PHONY: help demo test lint bench bench-cuda bench-router bench-fleet bench-autoscaler kernels images model prerequisites cluster-build cluster-up cluster-down
 
 help: ## list the verbs
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -28,6 +28,12 @@ bench: ## measure, and write the report
 
 bench-router: ## measure the router beside nginx
 	tests/bench-router.sh
+
+bench-fleet: images cluster-up ## measure a fleet with and without routers on the local cluster
+	tests/bench-fleet.py
+
+bench-autoscaler: images cluster-up ## measure the autoscaler live beside what the simulator expects
+	tests/bench-autoscaler.py
 
 kernels: ## fetch the compiler of the CUDA kernels; builds have them from then on
 	server/kernels/fetch-nvrtc.sh

@@ -16,8 +16,9 @@ finish() {
 trap finish EXIT
 ulimit -n 20000
 
-cargo build --release -p stoker-router --bin stoker-router --example router-load
+cargo build --release --workspace --bins --examples
 router=target/release/stoker-router
+server=target/release/stoker-server
 load=target/release/examples/router-load
 
 # nginx as Debian builds it: the installed one, else unpacked without installing it.
@@ -40,7 +41,7 @@ wait_for() {
     echo "nothing listens on port $1; logs: $(cat "$work"/*.log)" >&2
     exit 1
 }
-upstream_port=$(free_port) router_port=$(free_port) control_port=$(free_port)
+upstream_port=$(free_port) server_port=$(free_port) router_port=$(free_port) control_port=$(free_port)
 metrics_port=$(free_port) nginx_port=$(free_port)
 
 "$load" upstream "$upstream_port" >"$work/upstream.log" 2>&1 &
@@ -52,9 +53,13 @@ wait_for "$upstream_port"
 router_pid=$!
 pids+=("$router_pid")
 wait_for "$control_port"
-curl -sf -X PUT "http://127.0.0.1:$control_port/control/v1/table" -d "{\"version\":1,\"services\":[{
-    \"namespace\":\"bench\",\"name\":\"bench\",\"models\":[\"bench\"],\"hosts\":[\"bench\"],\"replicas\":[
-    {\"id\":\"only\",\"address\":\"127.0.0.1:$upstream_port\",\"max_num_seqs\":100000}]}]}" >/dev/null
+# VERSION PORT CAP MORE: one replica at PORT.
+put_table() {
+    curl -sf -X PUT "http://127.0.0.1:$control_port/control/v1/table" -d "{\"version\":$1,\"services\":[{
+        \"namespace\":\"bench\",\"name\":\"bench\",\"models\":[\"bench\"],\"hosts\":[\"bench\"],\"replicas\":[
+        {\"id\":\"at-$2\",\"address\":\"127.0.0.1:$2\",\"max_num_seqs\":$3}]$4}]}" >/dev/null
+}
+put_table 1 "$upstream_port" 100000 ""
 
 # A plain reverse proxy for streams: no buffering, connections kept alive, access log as ours.
 mkdir -p "$work/nginx"
@@ -98,6 +103,18 @@ for round in $(seq "$rounds"); do
 done
 "$load" idle "127.0.0.1:$router_port" 5000 "$router_pid" >"$work/idle"
 
+# Two keys in front of a simulated T4: one keeps its limit of a request a second, or asks 50 times
+# as much; the other must not feel it.
+"$server" --device simulated --simulated-profile t4 --host 127.0.0.1 --port "$server_port" --control-port 0 \
+    --max-num-seqs 32 --served-model-name bench >"$work/server.log" 2>&1 &
+pids+=($!)
+wait_for "$server_port"
+key() { printf '{"name":"%s","sha256":"%s"%s}' "$1" "$(printf %s "$1" | sha256sum | cut -d' ' -f1)" "$2"; }
+put_table 2 "$server_port" 32 ",\"api_keys\":[$(key calm ""),$(key flood ',"requests_per_minute":60')]"
+for round in $(seq "$rounds"); do
+    "$load" fairness "127.0.0.1:$router_port" --seconds 20 >>"$work/fairness"
+done
+
 if [[ -n ${SOAK_SECONDS:-} ]]; then
     SOAK_SECONDS=$SOAK_SECONDS cargo test --release -p stoker-router --test soak -- --nocapture
 fi
@@ -125,12 +142,17 @@ for field in ("p50_ms", "p99_ms"):
 print(f"streams of 100 events, 1/s  {'':8}{rate['router']:10.0f}{rate['nginx']:10.0f}")
 print(f"router of nginx             {rate['router'] / rate['nginx']:18.2f}")
 print(f"{idle['streams']} idle streams: {idle['mb']:.0f} MB (before: {idle['before_mb']:.0f} MB)")
+fairness = lines("fairness")
+fair = median(line["ratio"] for line in fairness)
+refused = median(line["flood_refused"] for line in fairness)
+print(f"p95 of a key beside one that asks 50x its limit ({refused:.0f} refused): {fair:.3f} of its p95 beside one that keeps it")
 result = {
     "added_p50_ms": round(added(1, "p50_ms"), 3),
     "added_p99_ms": round(added(1, "p99_ms"), 3),
     "of_nginx": round(rate["router"] / rate["nginx"], 3),
     "idle_streams": idle["streams"],
     "idle_mb": round(idle["mb"], 1),
+    "p95_beside_flood": round(fair, 3),
 }
 with open(result_path, "w") as out:
     json.dump(result, out, indent=2)

@@ -11,7 +11,7 @@ requests=20x # 20 times the concurrency
 same=(--prompt-tokens 32 --max-tokens 100)
 budget=512
 
-cargo build --release -p stoker-server -p stoker-bench
+cargo build --release --workspace --bins
 programs=target/release
 work=$(mktemp -d)
 server=

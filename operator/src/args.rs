@@ -1,5 +1,7 @@
 //! Command line and environment.
 
+use std::collections::BTreeSet;
+
 use clap::{Parser, Subcommand, ValueEnum};
 
 #[derive(Debug, Parser)]
@@ -14,13 +16,14 @@ pub enum Command {
     /// Watch InferenceServices and run them.
     Run(Box<RunArgs>),
     /// Lead Services straight to their pods: for an uninstallation.
-    Release(ReleaseArgs),
+    Release(Place),
     /// Print the CustomResourceDefinitions as YAML.
     Crds,
 }
 
+/// Where the operator stands, and what it looks after.
 #[derive(Clone, Debug, clap::Args)]
-pub struct RunArgs {
+pub struct Place {
     /// Namespace of the operator itself: its lease and its key live there.
     #[arg(
         long,
@@ -30,9 +33,24 @@ pub struct RunArgs {
     )]
     pub namespace: String,
 
-    /// Name of the operator's pod: the holder of the lease.
+    /// Name of this pod: the holder of the lease.
     #[arg(long, env = "POD_NAME", value_name = "NAME")]
     pub pod_name: String,
+
+    /// Namespaces whose InferenceServices are looked after, separated by commas; without it all.
+    #[arg(
+        long,
+        env = "STOKER_WATCH_NAMESPACES",
+        value_delimiter = ',',
+        value_name = "NAMES"
+    )]
+    watch_namespaces: Vec<String>,
+}
+
+#[derive(Clone, Debug, clap::Args)]
+pub struct RunArgs {
+    #[command(flatten)]
+    pub place: Place,
 
     /// Image of stoker-server for services that name none.
     #[arg(long, env = "STOKER_SERVER_IMAGE", value_name = "IMAGE")]
@@ -60,15 +78,6 @@ pub struct RunArgs {
     #[arg(long, env = "STOKER_METRICS_PORT", default_value_t = 8080)]
     pub metrics_port: u16,
 
-    /// Namespaces whose InferenceServices are run, separated by commas; without it all.
-    #[arg(
-        long,
-        env = "STOKER_WATCH_NAMESPACES",
-        value_delimiter = ',',
-        value_name = "NAMES"
-    )]
-    pub watch_namespaces: Vec<String>,
-
     /// Labels of the routers' pods in the operator's namespace, such as app=router; without it
     /// services have no router.
     #[arg(long, env = "STOKER_ROUTER_SELECTOR", value_name = "SELECTOR")]
@@ -77,26 +86,6 @@ pub struct RunArgs {
     /// Form of the log lines.
     #[arg(long, env = "STOKER_LOG_FORMAT", value_enum, default_value = "text")]
     pub log_format: LogFormat,
-}
-
-#[derive(Clone, Debug, clap::Args)]
-pub struct ReleaseArgs {
-    /// Namespace of the operator's lease.
-    #[arg(long, env = "POD_NAMESPACE", value_name = "NAME")]
-    pub namespace: String,
-
-    /// Name of this pod: the holder of the lease meanwhile.
-    #[arg(long, env = "POD_NAME", value_name = "NAME")]
-    pub pod_name: String,
-
-    /// Namespaces that were looked after; without it all.
-    #[arg(
-        long,
-        env = "STOKER_WATCH_NAMESPACES",
-        value_delimiter = ',',
-        value_name = "NAMES"
-    )]
-    pub watch_namespaces: Vec<String>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -127,21 +116,18 @@ impl PullPolicy {
     }
 }
 
-impl RunArgs {
+impl Place {
+    /// `None` for all namespaces. Blank items come from an empty environment variable.
     pub fn scopes(&self) -> Vec<Option<String>> {
-        scopes(&self.watch_namespaces)
-    }
-}
-
-/// `None` for all namespaces. Blank items come from an empty environment variable.
-pub fn scopes(namespaces: &[String]) -> Vec<Option<String>> {
-    let mut names: Vec<String> = namespaces.iter().map(|n| n.trim().to_owned()).collect();
-    names.retain(|name| !name.is_empty());
-    names.sort();
-    names.dedup();
-    match names.is_empty() {
-        true => vec![None],
-        false => names.into_iter().map(Some).collect(),
+        let names = self.watch_namespaces.iter().map(|name| name.trim());
+        let names: BTreeSet<&str> = names.filter(|name| !name.is_empty()).collect();
+        match names.is_empty() {
+            true => vec![None],
+            false => names
+                .into_iter()
+                .map(|name| Some(name.to_owned()))
+                .collect(),
+        }
     }
 }
 
@@ -159,9 +145,9 @@ mod tests {
 
     #[test]
     fn an_empty_list_of_namespaces_is_all_of_them() {
-        assert_eq!(run_args(&[]).scopes(), [None]);
-        assert_eq!(run_args(&["--watch-namespaces="]).scopes(), [None]);
-        let two = run_args(&["--watch-namespaces=b, a,b"]).scopes();
+        assert_eq!(run_args(&[]).place.scopes(), [None]);
+        assert_eq!(run_args(&["--watch-namespaces="]).place.scopes(), [None]);
+        let two = run_args(&["--watch-namespaces=b, a,b"]).place.scopes();
         assert_eq!(two, [Some("a".to_owned()), Some("b".to_owned())]);
     }
 

@@ -4,6 +4,7 @@ mod actuate;
 mod args;
 mod controller;
 mod fence;
+mod http;
 mod lease;
 mod probes;
 mod release;
@@ -40,9 +41,9 @@ fn main() -> ExitCode {
             start_log(args.log_format);
             exit(run_async(run::run(*args)))
         }
-        Command::Release(args) => {
+        Command::Release(place) => {
             start_log(LogFormat::Text);
-            exit(run_async(release::release(args)))
+            exit(run_async(release::release(place)))
         }
     }
 }

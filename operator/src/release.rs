@@ -12,7 +12,7 @@ use kube::{Api, Client, Config, ResourceExt};
 use stoker_api::{InferenceService, names};
 use tracing::{info, warn};
 
-use crate::args::ReleaseArgs;
+use crate::args::Place;
 use crate::controller;
 use crate::fence;
 use crate::lease::{Elector, Leadership};
@@ -24,15 +24,15 @@ const OVERLAP: Duration = Duration::from_secs(2);
 
 /// Waits until no operator leads, then leads every Service straight to its pods, by its selector:
 /// from then on Kubernetes alone keeps it going.
-pub async fn release(args: ReleaseArgs) -> anyhow::Result<()> {
+pub async fn release(place: Place) -> anyhow::Result<()> {
     let config = Config::infer().await.context("found no Kubernetes API")?;
     let client = fence::client(config, None)?;
-    let leases: Api<Lease> = Api::namespaced(client.clone(), &args.namespace);
-    let elector = Elector::new(leases, names::LEASE, &args.pod_name, Leadership::none());
+    let leases: Api<Lease> = Api::namespaced(client.clone(), &place.namespace);
+    let elector = Elector::new(leases, names::LEASE, &place.pod_name, Leadership::none());
     elector.acquire().await;
 
     let mut released = Vec::new();
-    for namespace in crate::args::scopes(&args.watch_namespaces) {
+    for namespace in place.scopes() {
         let api = controller::api::<Guarded>(&client, namespace.as_deref());
         let listed = api.list(&ListParams::default()).await;
         for object in listed.context("listing InferenceServices")?.items {

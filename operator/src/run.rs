@@ -49,8 +49,13 @@ pub async fn run(args: RunArgs) -> anyhow::Result<()> {
     let election = fence::client(config.clone(), None)?;
     let client = fence::client(config, Some(leadership.clone()))?;
 
-    let leases: Api<Lease> = Api::namespaced(election, &args.namespace);
-    let elector = Elector::new(leases, names::LEASE, &args.pod_name, leadership.clone());
+    let leases: Api<Lease> = Api::namespaced(election, &args.place.namespace);
+    let elector = Elector::new(
+        leases,
+        names::LEASE,
+        &args.place.pod_name,
+        leadership.clone(),
+    );
     let lease = tokio::select! {
         lease = elector.acquire() => lease,
         () = stop.cancelled() => return Ok(()),
@@ -92,7 +97,7 @@ async fn start(
     tasks: &mut JoinSet<()>,
     stop: &CancellationToken,
 ) -> anyhow::Result<()> {
-    let secrets: Api<Secret> = Api::namespaced(client.clone(), &args.namespace);
+    let secrets: Api<Secret> = Api::namespaced(client.clone(), &args.place.namespace);
     let key = ControlKey::load_or_create(&secrets).await?;
     let routing = match &args.router_selector {
         Some(selector) => Some(watch_routers(&client, args, selector, tasks, stop).await?),
@@ -110,11 +115,12 @@ async fn start(
     };
     let reporter = Reporter {
         controller: names::FIELD_MANAGER.to_owned(),
-        instance: Some(args.pod_name.clone()),
+        instance: Some(args.place.pod_name.clone()),
     };
     let (board, mut woken) = Board::new();
     let board = Arc::new(board);
     let watched: Vec<Watched> = args
+        .place
         .scopes()
         .into_iter()
         .map(|namespace| watch(&client, namespace))
@@ -171,7 +177,7 @@ async fn start(
         stopped.run_until_cancelled(deliver).await;
     });
     if let Some(routing) = routing {
-        let addresses = args.scopes().into_iter().map(|namespace| {
+        let addresses = args.place.scopes().into_iter().map(|namespace| {
             let api = controller::api::<Service>(&client, namespace.as_deref());
             let labelled = watcher::Config::default().labels(names::SERVICE_LABEL);
             cached(api, labelled, tasks, stop)
@@ -200,7 +206,7 @@ async fn watch_routers(
     tasks: &mut JoinSet<()>,
     stop: &CancellationToken,
 ) -> anyhow::Result<Arc<Routing>> {
-    let api: Api<Pod> = Api::namespaced(client.clone(), &args.namespace);
+    let api: Api<Pod> = Api::namespaced(client.clone(), &args.place.namespace);
     let pods = cached(
         api,
         watcher::Config::default().labels(selector),

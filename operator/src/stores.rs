@@ -1,5 +1,6 @@
 //! What the watches have seen, for the namespaces that the operator looks after.
 
+use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -51,7 +52,22 @@ impl Stores {
             .collect()
     }
 
-    /// Pods that carry the service's label, by name.
+    /// Pods by the service whose label they carry, in one pass over the caches.
+    pub fn pods(&self) -> HashMap<Key, Vec<Arc<Pod>>> {
+        let mut pods: HashMap<Key, Vec<Arc<Pod>>> = HashMap::new();
+        for pod in self.0.iter().flat_map(|scope| scope.pods.state()) {
+            let namespace = pod.metadata.namespace.clone();
+            let name = pod.labels().get(names::SERVICE_LABEL).cloned();
+            if let (Some(namespace), Some(name)) = (namespace, name) {
+                pods.entry(Key { namespace, name }).or_default().push(pod);
+            }
+        }
+        let by_name = |a: &Arc<Pod>, b: &Arc<Pod>| a.metadata.name.cmp(&b.metadata.name);
+        pods.values_mut().for_each(|pods| pods.sort_by(by_name));
+        pods
+    }
+
+    /// Pods that carry one service's label, by name.
     pub fn pods_of(&self, key: &Key) -> Vec<Arc<Pod>> {
         let ours = |pod: &Pod| {
             pod.metadata.namespace.as_ref() == Some(&key.namespace)

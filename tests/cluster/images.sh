@@ -19,6 +19,8 @@ fail() { echo "images: $*" >&2; exit 1; }
 # --- the tool that builds: a working docker or podman, else buildah ------------
 if docker info >/dev/null 2>&1; then
     builder=docker
+    # The older builder would build the stages that aren't needed, too.
+    export DOCKER_BUILDKIT=1
 elif podman info >/dev/null 2>&1; then
     builder=podman
 else
@@ -41,7 +43,9 @@ save() { # NAME FILE
     rm -f "$2"
     case $builder in
     buildah) own_buildah push --quiet "$1" "docker-archive:$2:$1" ;;
-    *) "$builder" save --output "$2" "$1" ;;
+    # Its `save` would put localhost/ before the name.
+    podman) podman push --quiet "$1" "docker-archive:$2:$1" ;;
+    docker) docker save --output "$2" "$1" ;;
     esac
 }
 

@@ -13,6 +13,10 @@ pub struct Decision {
     pub dials: Dials,
     /// Dials of replicas that differ from the rest, by replica id.
     pub overrides: BTreeMap<String, Dials>,
+    /// Requests that replicas unlike the rest should have in flight, in those of an ordinary one, by
+    /// replica id. 0: it can't keep the objectives, and should get none while another is ready.
+    #[serde(default)]
+    pub weights: BTreeMap<String, f64>,
     pub reason: Reason,
     /// The load that the decision rests on; `None` before two samples are in.
     pub load: Option<Load>,

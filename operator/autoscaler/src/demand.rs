@@ -1,7 +1,8 @@
 //! What is asked of the fleet: how many requests, of what kind, and how they fare.
 
+use crate::census::Census;
 use crate::decision::Load;
-use crate::fleet::{Census, Tracks, Window};
+use crate::fleet::{Tracks, Window};
 use crate::history::{History, Trend};
 use crate::mix::Mix;
 use crate::observation::Histogram;
@@ -50,12 +51,7 @@ pub(crate) fn measure(
     let fast = tracks.window(FAST)?;
     let slow = tracks.window(SLOW)?;
     let (mix, mix_known) = mix(&slow, before);
-    let mut trend = history.trend()?;
-    // Who is silent gets as much as the others.
-    let heard = f64::from(census.ready().saturating_sub(census.silent)).max(1.0);
-    let unheard = f64::from(census.ready()) / heard;
-    trend.level *= unheard;
-    trend.slope *= unheard;
+    let trend = history.trend()?;
     let waiting = f64::from(census.waiting());
     let now_in_flight = f64::from(census.running()) + waiting;
 
@@ -76,9 +72,11 @@ pub(crate) fn measure(
 
 fn load(fast: &Window, slow: &Window, census: &Census) -> Load {
     let judged = slow.met + slow.missed;
+    // Who is silent is taken to do as much as the others.
+    let all = f64::from(census.ready()) / f64::from(census.heard()).max(1.0);
     Load {
-        requests_per_second: fast.received / fast.seconds,
-        tokens_per_second: fast.generated / fast.seconds,
+        requests_per_second: all * fast.received / fast.seconds,
+        tokens_per_second: all * fast.generated / fast.seconds,
         good_percent: (judged >= 0.5).then(|| 100.0 * slow.met / judged),
         ttft_p95_seconds: slow.ttft.quantile(0.95),
         itl_p95_seconds: slow.itl.quantile(0.95),
@@ -133,6 +131,12 @@ fn fresh_mix(slow: &Window, before: Option<Mix>) -> Mix {
         let variation = lengths.squared_variation().unwrap_or(prior);
         blend(variation * counted, counted, prior)
     };
+    let answers = slow.generation_length.total();
+    let quantiles = Mix::output_quantiles();
+    let outputs = std::array::from_fn(|i| {
+        let measured = slow.generation_length.quantile(quantiles[i]);
+        blend(answers * measured.unwrap_or(0.0), answers, prior.outputs[i])
+    });
     // Samples of a sequence that runs for a while aren't independent.
     let runs = slow.running_samples / 5.0;
     let context = if slow.running_samples > 0.0 {
@@ -149,6 +153,7 @@ fn fresh_mix(slow: &Window, before: Option<Mix>) -> Mix {
         prompt_variation: variation(&slow.prompt_length, prior.prompt_variation),
         output,
         output_variation: variation(&slow.generation_length, prior.output_variation),
+        outputs,
         context,
     }
     .bounded()

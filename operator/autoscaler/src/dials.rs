@@ -1,5 +1,7 @@
 //! The two dials from the law.
 
+use std::collections::BTreeMap;
+
 use crate::model::{Capacity, HALVINGS, ReplicaModel};
 use crate::observation::{DialRange, Dials, Limits};
 
@@ -11,6 +13,8 @@ const CAP_BAND: f64 = 0.25;
 const GOOD_ENOUGH: f64 = 0.97;
 /// Among budgets worth this share of the best one the smallest is taken: it has the shortest steps.
 const AS_GOOD: f64 = 0.99;
+/// Of the budgets every fourth is tried at first.
+const STRIDE: usize = 4;
 /// Halvings that tell settings apart by half a percent.
 const ROUGHLY: u32 = 8;
 /// Seconds for which a search's result is good while law and mix stay within this share of what it
@@ -38,32 +42,46 @@ pub(crate) struct Motion {
 struct Search {
     at: f64,
     about: [f64; 6],
-    fleet: u32,
-    ranges: (DialRange, DialRange),
+    aim: Aim,
     found: Choice,
+}
+
+/// What a search is for, beside the model.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(crate) struct Aim {
+    pub ranges: (DialRange, DialRange),
+    /// Replicas that share the load.
+    pub fleet: u32,
+    /// They get more than they carry: dials that are nearly as good as the best won't do.
+    pub pressed: bool,
 }
 
 impl Motion {
     /// The last search's result, where it is young and was about nearly the same.
-    fn found(
-        &self,
-        model: &ReplicaModel,
-        ranges: (DialRange, DialRange),
-        fleet: u32,
-        now: f64,
-    ) -> Option<Choice> {
+    fn found(&self, model: &ReplicaModel, aim: Aim, now: f64) -> Option<Choice> {
         let search = self.search.filter(|search| {
             let near = |(a, b): (&f64, f64)| (a - b).abs() <= NEAR * a.abs();
             (0.0..SEARCH_KEPT).contains(&(now - search.at))
-                && search.ranges == ranges
-                && search.fleet == fleet
+                && search.aim == aim
                 && search.about.iter().zip(model.about()).all(near)
         })?;
         Some(search.found)
     }
 
+    /// Whether that is so.
+    pub fn is_found(&self, model: &ReplicaModel, aim: Aim, now: f64) -> bool {
+        self.found(model, aim, now).is_some()
+    }
+
+    /// Goes by the result of somebody else's search, where that was about nearly the same.
+    pub fn share(&mut self, other: &Motion, model: &ReplicaModel, aim: Aim, now: f64) {
+        if other.is_found(model, aim, now) {
+            self.search = other.search;
+        }
+    }
+
     /// When the last search was made.
-    pub fn search_began_at(&self) -> Option<f64> {
+    pub fn searched_at(&self) -> Option<f64> {
         Some(self.search?.at)
     }
 
@@ -174,19 +192,35 @@ fn choice(
 
 /// The best dials by the law alone, or `current`'s budget while that is nearly as good; `None`
 /// where not even one sequence keeps the objective.
-pub(crate) fn best(
-    model: &ReplicaModel,
-    (caps, budgets): (DialRange, DialRange),
-    current: Dials,
-    fleet: u32,
-) -> Option<Choice> {
-    let choices: Vec<Choice> = (candidates(budgets))
-        .filter_map(|budget| choice(model, budget, caps, fleet, ROUGHLY))
-        .collect();
-    let most = choices.iter().map(Choice::worth).fold(0.0, f64::max);
+pub(crate) fn best(model: &ReplicaModel, aim: Aim, current: Dials) -> Option<Choice> {
+    let ((caps, budgets), fleet) = (aim.ranges, aim.fleet);
+    // Worth rises to one peak and falls: around the best of a few budgets the others are tried.
+    let budgets: Vec<u32> = candidates(budgets).collect();
+    let mut tried: BTreeMap<usize, Choice> = BTreeMap::new();
+    let attempt = |tried: &mut BTreeMap<usize, Choice>, place: usize| {
+        if let Some(&budget) = budgets.get(place)
+            && !tried.contains_key(&place)
+        {
+            let choice = choice(model, budget, caps, fleet, ROUGHLY);
+            tried.extend(choice.map(|choice| (place, choice)));
+        }
+    };
+    let last = budgets.len().saturating_sub(1);
+    for place in (0..=last).step_by(STRIDE).chain([last]) {
+        attempt(&mut tried, place);
+    }
+    let peak = tried
+        .iter()
+        .max_by(|a, b| a.1.worth().total_cmp(&b.1.worth()));
+    let peak = peak.map_or(0, |(place, _)| *place);
+    for place in peak.saturating_sub(STRIDE - 1)..peak + STRIDE {
+        attempt(&mut tried, place);
+    }
+    let most = tried.values().map(Choice::worth).fold(0.0, f64::max);
     let kept = choice(model, current.max_num_batched_tokens, caps, fleet, ROUGHLY);
-    let kept = kept.filter(|c| c.worth() >= GOOD_ENOUGH * most && model.keeps(c.dials));
-    kept.or_else(|| choices.into_iter().find(|c| c.worth() >= AS_GOOD * most))
+    let enough = if aim.pressed { AS_GOOD } else { GOOD_ENOUGH };
+    let kept = kept.filter(|c| c.worth() >= enough * most && model.keeps(c.dials));
+    kept.or_else(|| tried.into_values().find(|c| c.worth() >= AS_GOOD * most))
 }
 
 /// Budgets to try, ascending: 32 tokens apart at first, then an eighth.
@@ -222,8 +256,6 @@ pub(crate) fn following(allowed: u32, peak: u32, current: u32, caps: DialRange) 
 pub(crate) struct Look {
     /// The most requests that one replica had in flight of late.
     pub peak: u32,
-    /// Replicas that share the load.
-    pub fleet: u32,
     /// Whether it is this one's turn to search for the best dials.
     pub may_search: bool,
     pub now: f64,
@@ -234,40 +266,42 @@ pub(crate) struct Look {
 /// `None` where no dials keep the objective.
 pub(crate) fn settled(
     model: &ReplicaModel,
-    (caps, budgets): (DialRange, DialRange),
+    aim: Aim,
     current: Dials,
     look: Look,
     motion: &mut Motion,
 ) -> Option<Choice> {
     let Look {
         peak,
-        fleet,
         may_search,
         now,
     } = look;
-    let known = motion.found(model, (caps, budgets), fleet, now);
+    let ((caps, budgets), fleet) = (aim.ranges, aim.fleet);
+    let known = motion.found(model, aim, now);
     // Whoever's turn it isn't goes on with what was found before.
     let stale = motion.search.filter(|_| !may_search);
     let known = known.or(stale.map(|search| search.found));
-    if known.is_none() && !may_search {
-        return Some(Choice {
-            dials: current,
-            judged: current,
-            capacity: model.capacity_within(current, fleet, ROUGHLY)?,
-        });
-    }
     let best = match known {
         Some(found) => found,
         None => {
-            let found = best(model, (caps, budgets), current, fleet)?;
+            let found = if may_search {
+                best(model, aim, current)
+            } else {
+                let capacity = model.capacity_within(current, fleet, ROUGHLY);
+                capacity.map(|capacity| Choice {
+                    dials: current,
+                    judged: current,
+                    capacity,
+                })
+            };
             motion.search = Some(Search {
-                at: now,
+                // What wasn't searched for is due at once.
+                at: if may_search { now } else { now - SEARCH_KEPT },
                 about: model.about(),
-                fleet,
-                ranges: (caps, budgets),
-                found,
+                aim,
+                found: found?,
             });
-            found
+            found?
         }
     };
     // Moves that the objective is broken without, as by a mix that has changed.
@@ -275,13 +309,13 @@ pub(crate) fn settled(
     let budget = turn(
         current.max_num_batched_tokens,
         best.dials.max_num_batched_tokens,
-        BUDGET_BAND,
+        if aim.pressed { 0.0 } else { BUDGET_BAND },
         urgent,
         now,
         &mut motion.budget,
     );
     // Where the budget stays a little off the best one, the cap goes with the budget in force.
-    let best = if known.is_some() && (!may_search || budget == best.dials.max_num_batched_tokens) {
+    let best = if !may_search || (known.is_some() && budget == best.dials.max_num_batched_tokens) {
         best
     } else {
         let exact = choice(model, budget, caps, fleet, HALVINGS).unwrap_or(best);
@@ -297,7 +331,7 @@ pub(crate) fn settled(
     let cap = turn(
         current.max_num_seqs,
         following(best.dials.max_num_seqs, peak, current.max_num_seqs, caps),
-        CAP_BAND,
+        if aim.pressed { 0.0 } else { CAP_BAND },
         urgent,
         now,
         &mut motion.cap,

@@ -3,11 +3,14 @@
 
 use std::collections::{BTreeMap, VecDeque};
 
+use crate::census::Told;
 use crate::history::Arrivals;
-use crate::observation::{Counters, Histogram, Observation, Phase, Queue, Replica, Sample};
+use crate::observation::{Counters, Histogram, Observation, Phase, Replica, Sample};
 
-/// Seconds after which a sample is as good as lost.
-const STALE: f64 = 10.0;
+/// Seconds without anything new from a replica after which it is silent.
+const SILENT: f64 = 10.0;
+/// Seconds that a sample may be behind and still tell something.
+const OLDEST: f64 = 60.0;
 /// Seconds of history that are kept.
 const KEPT: f64 = 75.0;
 /// Seconds in which every sample is kept; before that one every [`COARSE`] seconds.
@@ -16,61 +19,10 @@ const COARSE: f64 = 10.0;
 /// Seconds since a replica became ready in which all that it counts is new.
 const YOUNG: f64 = 15.0;
 
-/// What the observation says about the pods.
-#[derive(Debug, Default)]
-pub(crate) struct Census<'a> {
-    /// Ready replicas with a fresh, sound sample.
-    pub sampled: Vec<(&'a Replica, &'a Sample)>,
-    /// Ready replicas without one.
-    pub silent: u32,
-    pub starting: u32,
-    pub unschedulable: u32,
-    /// What waits in front of them.
-    pub queue: Queue,
-}
-
-impl<'a> Census<'a> {
-    pub fn new(observation: &'a Observation, now: f64) -> Self {
-        let mut census = Census {
-            queue: observation.queue.unwrap_or_default(),
-            ..Census::default()
-        };
-        for replica in &observation.replicas {
-            match replica.phase {
-                Phase::Unschedulable => census.unschedulable += 1,
-                Phase::Starting => census.starting += 1,
-                Phase::Draining => {}
-                Phase::Ready => match fresh(replica, now) {
-                    Some(sample) => census.sampled.push((replica, sample)),
-                    None => census.silent += 1,
-                },
-            }
-        }
-        census
-    }
-
-    pub fn ready(&self) -> u32 {
-        self.silent + u32::try_from(self.sampled.len()).unwrap_or(u32::MAX)
-    }
-
-    /// Every ready replica has been heard.
-    pub fn complete(&self) -> bool {
-        self.silent == 0
-    }
-
-    pub fn running(&self) -> u32 {
-        (self.sampled.iter()).fold(0, |sum, (_, sample)| sum.saturating_add(sample.running))
-    }
-
-    pub fn waiting(&self) -> u32 {
-        (self.sampled.iter()).fold(self.queue.requests, |sum, (_, sample)| {
-            sum.saturating_add(sample.waiting)
-        })
-    }
-}
-
-fn fresh(replica: &Replica, now: f64) -> Option<&Sample> {
-    (replica.sample.as_ref()).filter(|s| (now - s.at).abs() <= STALE && sound(&s.counters))
+/// A sample that tells something of the present.
+fn of_late(replica: &Replica, now: f64) -> Option<&Sample> {
+    let sample = replica.sample.as_ref()?;
+    ((-SILENT..=OLDEST).contains(&(now - sample.at)) && sound(&sample.counters)).then_some(sample)
 }
 
 /// A replica that reports nonsense is as good as silent.
@@ -140,49 +92,81 @@ struct Snapshot {
     kv_tokens: u64,
 }
 
-/// Each replica's recent snapshots, oldest first.
+/// A replica's recent snapshots, oldest first.
+#[derive(Clone, Debug, PartialEq)]
+struct Track {
+    snapshots: VecDeque<Snapshot>,
+    told: Told,
+    /// When something new was heard last.
+    heard_at: f64,
+}
+
 #[derive(Clone, Debug, Default, PartialEq)]
-pub(crate) struct Tracks(BTreeMap<String, VecDeque<Snapshot>>);
+pub(crate) struct Tracks(BTreeMap<String, Track>);
 
 impl Tracks {
-    /// Takes in the fresh samples, forgets what is too old to matter, and returns the requests that
-    /// came since the samples before.
+    /// Takes in what is new, forgets what is too old to matter, and returns the requests that came
+    /// since the samples before.
     pub fn observe(&mut self, observation: &Observation, now: f64) -> Vec<Arrivals> {
         let mut come = Vec::new();
+        let replicas = observation.replicas.iter();
+        let ready = replicas.filter(|r| r.phase == Phase::Ready).count();
         for replica in &observation.replicas {
-            let going = matches!(replica.phase, Phase::Ready | Phase::Draining);
-            if let Some(sample) = fresh(replica, now).filter(|_| going) {
-                let track = self.0.entry(replica.id.clone()).or_default();
-                if track.is_empty() && (0.0..YOUNG).contains(&replica.ready_seconds) {
+            let share = match replica.phase {
+                Phase::Ready => 1.0 / ready as f64,
+                // It gets no requests any more.
+                Phase::Draining => 0.0,
+                Phase::Starting | Phase::Unschedulable => continue,
+            };
+            let Some(sample) = of_late(replica, now) else {
+                continue;
+            };
+            let track = self.0.entry(replica.id.clone()).or_insert_with(|| {
+                if (0.0..YOUNG).contains(&replica.ready_seconds) {
                     // All that a new replica has got came since it was ready.
                     come.push(Arrivals {
-                        from: sample.at - replica.ready_seconds.max(1.0),
+                        from: (now - replica.ready_seconds).min(sample.at - 1.0),
                         to: sample.at,
                         requests: sample.counters.requests_received,
+                        share,
                     });
                 }
-                push(track, sample, &mut come);
+                Track {
+                    snapshots: VecDeque::new(),
+                    told: Told::of(sample),
+                    heard_at: now,
+                }
+            });
+            if (track.snapshots.back()).is_some_and(|last| sample.at <= last.at) {
+                continue;
             }
+            come.extend(push(&mut track.snapshots, sample, share));
+            (track.told, track.heard_at) = (Told::of(sample), now);
         }
         self.0.retain(|_, track| {
-            thin(track);
-            track.back().is_some_and(|last| now - last.at <= KEPT)
+            thin(&mut track.snapshots);
+            now - track.told.at <= KEPT
         });
         come
     }
 
-    /// The time up to which every replica that was heard of late has told what it got.
-    pub fn known_until(&self, now: f64) -> Option<f64> {
-        let ends = self.0.values().filter_map(|track| Some(track.back()?.at));
-        ends.filter(|at| now - at <= STALE).reduce(f64::min)
+    /// What a replica said last, if that was of late.
+    pub fn told(&self, id: &str, now: f64) -> Option<Told> {
+        let track = self.0.get(id)?;
+        let of_late = now - track.heard_at <= SILENT && now - track.told.at <= OLDEST;
+        of_late.then_some(track.told)
+    }
+
+    fn snapshots(&self) -> impl Iterator<Item = &VecDeque<Snapshot>> {
+        self.0.values().map(|track| &track.snapshots)
     }
 
     /// What happened in the `seconds` before the newest sample; `None` while no replica has been
     /// sampled twice.
     pub fn window(&self, seconds: f64) -> Option<Window> {
-        let ends = self.0.values().filter_map(|track| Some(track.back()?.at));
+        let ends = self.snapshots().filter_map(|track| Some(track.back()?.at));
         let newest = ends.reduce(f64::max)?;
-        let starts = self.0.values().filter_map(|track| Some(track.front()?.at));
+        let starts = self.snapshots().filter_map(|track| Some(track.front()?.at));
         let oldest = starts.reduce(f64::min)?;
         if newest - oldest < 1.0 {
             return None;
@@ -191,17 +175,22 @@ impl Tracks {
             seconds: seconds.min(newest - oldest),
             ..Window::default()
         };
-        for track in self.0.values() {
-            // Scrapes of one round don't fall on the same instant.
+        for track in self.snapshots() {
+            // Scrapes of one round don't fall on the same instant, and some are lost.
             let last = track.back().map_or(newest, |last| last.at);
-            let end = if newest - last <= 4.0 { last } else { newest };
+            let end = if newest - last <= SILENT {
+                last
+            } else {
+                newest
+            };
             add(&mut window, track, end - seconds, end);
         }
         Some(window)
     }
 }
 
-fn push(track: &mut VecDeque<Snapshot>, sample: &Sample, come: &mut Vec<Arrivals>) {
+/// Adds a sample that is newer than the last one, and returns what came between them.
+fn push(track: &mut VecDeque<Snapshot>, sample: &Sample, share: f64) -> Option<Arrivals> {
     let in_flight = sample.running.saturating_add(sample.waiting);
     let snapshot = Snapshot {
         at: sample.at,
@@ -212,9 +201,6 @@ fn push(track: &mut VecDeque<Snapshot>, sample: &Sample, come: &mut Vec<Arrivals
         kv_tokens: sample.kv_tokens,
     };
     if let Some(last) = track.back() {
-        if snapshot.at <= last.at {
-            return;
-        }
         let (before, after) = (scalars(&last.counters), scalars(&snapshot.counters));
         if before.iter().zip(&after).any(|(b, a)| a < b) {
             // The process restarted: what it counts now happened since the last sample.
@@ -227,14 +213,14 @@ fn push(track: &mut VecDeque<Snapshot>, sample: &Sample, come: &mut Vec<Arrivals
             track.push_back(restarted);
         }
     }
-    if let Some(last) = track.back() {
-        come.push(Arrivals {
-            from: last.at,
-            to: snapshot.at,
-            requests: snapshot.counters.requests_received - last.counters.requests_received,
-        });
-    }
+    let come = track.back().map(|last| Arrivals {
+        from: last.at,
+        to: snapshot.at,
+        requests: snapshot.counters.requests_received - last.counters.requests_received,
+        share,
+    });
     track.push_back(snapshot);
+    come
 }
 
 /// Keeps every snapshot of the last [`FINE`] seconds and one every [`COARSE`] seconds before that.
@@ -295,6 +281,7 @@ fn add(window: &mut Window, track: &VecDeque<Snapshot>, start: f64, end: f64) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::census::Census;
     use crate::observation::Dials;
     use stoker_law::Law;
 
@@ -356,7 +343,7 @@ mod tests {
             assert!((window.received / window.seconds - 5.0).abs() < 1e-9);
             assert!((window.in_flight - 3.0).abs() < 1e-9);
         }
-        assert!(tracks.0["a"].len() < 22, "{}", tracks.0["a"].len());
+        assert!(tracks.0["a"].snapshots.len() < 22, "{:?}", tracks.0["a"]);
     }
 
     #[test]
@@ -416,21 +403,66 @@ mod tests {
     }
 
     #[test]
-    fn stale_and_unsound_samples_are_silent() {
+    fn a_replica_is_silent_when_nothing_sound_or_new_was_heard_for_10_s() {
         let mut nonsense = replica("n", 100.0, f64::NAN);
         nonsense.ready_seconds = 1.0;
-        let observation = Observation {
+        let observation = |now: f64, late: f64| Observation {
             queue: None,
-            now: 100.0,
-            desired_replicas: 3,
+            now,
+            desired_replicas: 4,
             replicas: vec![
-                replica("old", 60.0, 1.0),
-                nonsense,
-                replica("good", 99.0, 1.0),
+                replica("old", 30.0, 1.0),
+                nonsense.clone(),
+                replica("late", late, 1.0),
+                replica("good", now, 1.0),
             ],
         };
-        let census = Census::new(&observation, 100.0);
-        assert_eq!((census.ready(), census.silent), (3, 2));
-        assert!(!census.complete());
+        let mut tracks = Tracks::default();
+        let mut census = |now: f64, late: f64| {
+            let seen = observation(now, late);
+            tracks.observe(&seen, now);
+            let census = Census::new(&seen, &tracks, now);
+            let ids = census.heard.iter().map(|(id, _)| (*id).to_owned());
+            (
+                ids.collect::<Vec<_>>().join(" "),
+                census.silent,
+                census.delay,
+            )
+        };
+        assert_eq!(census(100.0, 75.0), ("late good".into(), 2, 25.0));
+        // Late, but going on.
+        assert_eq!(census(104.0, 79.0), ("late good".into(), 2, 25.0));
+        assert_eq!(census(114.0, 79.0), ("late good".into(), 2, 35.0));
+        assert_eq!(census(115.0, 79.0), ("good".into(), 3, 0.0));
+    }
+
+    #[test]
+    fn a_lost_scrape_is_made_up_for_by_the_next() {
+        let mut tracks = Tracks::default();
+        let mut history = crate::history::History::default();
+        for i in 0..60 {
+            let t = f64::from(i) * 2.0;
+            let (mut a, mut b) = (replica("a", t, 2.0 * t), replica("b", t, 2.0 * t));
+            if i % 3 != 0 {
+                a.sample = None;
+            }
+            if i % 2 != 0 {
+                b.sample = None;
+            }
+            let observation = Observation {
+                queue: None,
+                now: t,
+                desired_replicas: 2,
+                replicas: vec![a, b],
+            };
+            let come = tracks.observe(&observation, t);
+            let census = Census::new(&observation, &tracks, t);
+            assert!(census.complete());
+            history.note(&come, t - census.delay);
+            if i > 10 {
+                let level = history.trend().unwrap().level;
+                assert!((level - 4.0).abs() < 1e-6, "{level} at {t}");
+            }
+        }
     }
 }

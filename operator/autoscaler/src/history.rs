@@ -15,24 +15,31 @@ const TREND_FROM: f64 = 80.0;
 /// Standard deviations by which the newest seconds may differ from a longer window's line before
 /// that window is taken to be of another time.
 const BREAK: f64 = 3.0;
+/// The same for the newest bucket alone, upwards.
+const JUMP: f64 = 4.0;
 /// Seconds within which errors of forecasts count half.
 const ERROR_HALF_LIFE: f64 = 900.0;
 /// Relative standard error of a forecast before any was checked.
 const FIRST_ERROR: f64 = 0.12;
 /// What an error counts at most: a jump is no error of a trend.
 const MOST_ERROR: f64 = 0.4;
+/// Share of a bucket that must have been watched for it to tell a rate.
+const LEAST_WATCHED: f64 = 0.25;
 /// Seconds either side over which a forecast is checked.
 const CHECKED_OVER: f64 = 30.0;
 
-/// Requests that came within an interval.
+/// Requests that came to a replica within an interval.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(crate) struct Arrivals {
     pub from: f64,
     pub to: f64,
     pub requests: f64,
+    /// Of the replicas that take requests: those that tell nothing get as much as the others.
+    pub share: f64,
 }
 
-/// Requests in a bucket, and how many of its seconds were watched.
+/// Requests in a bucket, and how many of its seconds were watched: a fleet of which half tells
+/// something counts half.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
 struct Bucket(f64, f64);
 
@@ -70,15 +77,17 @@ pub(crate) struct History {
 }
 
 impl History {
-    /// Takes in what came; everything up to `until` is known now, from `since` on.
-    pub fn note(&mut self, arrivals: &[Arrivals], since: f64, until: f64) {
+    /// Takes in what came; all of it is known up to `until`.
+    pub fn note(&mut self, arrivals: &[Arrivals], until: f64) {
         let ends = arrivals.iter().map(|a| a.to).fold(until, f64::max);
         if !ends.is_finite() || ends - self.start > 1e7 || ends < self.start {
             *self = History::default();
         }
         if self.buckets.is_empty() {
-            self.start = (since / GRAIN).floor() * GRAIN;
-            self.until = since;
+            let Some(first) = arrivals.iter().map(|a| a.from).reduce(f64::min) else {
+                return;
+            };
+            self.start = (first / GRAIN).floor() * GRAIN;
         }
         while self.start + GRAIN * self.buckets.len() as f64 <= ends
             && self.buckets.len() < 4 * KEPT
@@ -86,20 +95,17 @@ impl History {
             self.buckets.push_back(Bucket::default());
         }
         for come in arrivals {
-            self.spread(come.from, come.to, come.requests, false);
+            self.spread(come);
         }
-        let from = self.until.max(since);
-        if until > from {
-            self.spread(from, until, until - from, true);
-            self.until = until;
-        }
+        self.until = self.until.max(until);
         while self.buckets.len() > KEPT {
             self.buckets.pop_front();
             self.start += GRAIN;
         }
     }
 
-    fn spread(&mut self, from: f64, to: f64, amount: f64, watched: bool) {
+    fn spread(&mut self, come: &Arrivals) {
+        let (from, to) = (come.from, come.to);
         let first = (((from - self.start) / GRAIN).floor().max(0.0)) as usize;
         let length = (to - from).max(1e-9);
         for (place, bucket) in self.buckets.iter_mut().enumerate().skip(first) {
@@ -107,13 +113,9 @@ impl History {
             if start >= to {
                 break;
             }
-            let inside = to.min(start + GRAIN) - from.max(start);
-            let share = amount * (inside / length).clamp(0.0, 1.0);
-            if watched {
-                bucket.1 = (bucket.1 + share).min(GRAIN);
-            } else {
-                bucket.0 += share;
-            }
+            let inside = (to.min(start + GRAIN) - from.max(start)).max(0.0);
+            bucket.0 += come.requests * (inside / length).min(1.0);
+            bucket.1 = (bucket.1 + come.share * inside).min(GRAIN);
         }
     }
 
@@ -127,9 +129,9 @@ impl History {
                 let middle = start + 0.5 * GRAIN.min((self.until - start).max(0.0));
                 (self.until - middle, bucket.0, bucket.1)
             })
-            .skip_while(|(_, _, watched)| *watched < 0.4 * GRAIN)
+            .skip_while(|(_, _, watched)| *watched < LEAST_WATCHED * GRAIN)
             .take_while(move |(age, _, _)| *age < seconds)
-            .filter(|(_, _, watched)| *watched >= 0.4 * GRAIN)
+            .filter(|(_, _, watched)| *watched >= LEAST_WATCHED * GRAIN)
     }
 
     /// Requests, watched seconds and their mean age, of the `seconds` before the end.
@@ -180,6 +182,16 @@ impl History {
             }
             best = trend;
         }
+        // A jump is seen at once.
+        let (n, watched, age) = self.sum(GRAIN);
+        let expected = (best.level - best.slope * age).max(0.0) * watched;
+        if watched > 0.0 && n > expected + JUMP * expected.max(1.0).sqrt() {
+            best = Trend {
+                level: n / watched,
+                error: n.sqrt() / watched,
+                slope: 0.0,
+            };
+        }
         Some(best)
     }
 
@@ -208,6 +220,11 @@ impl History {
             error: (variance / watched + slope_variance * age * age).sqrt(),
             slope,
         })
+    }
+
+    /// Seconds that were watched of the newest [`WINDOWS`] that tell a level.
+    pub fn watched(&self) -> f64 {
+        self.sum(WINDOWS[0]).1
     }
 
     /// Remembers what is forecast for a time, once a bucket, and checks what has come true.
@@ -265,8 +282,9 @@ mod tests {
                 from: t,
                 to: t + 2.0,
                 requests: 2.0 * rate(t + 1.0),
+                share: 1.0,
             };
-            history.note(&[come], t, t + 2.0);
+            history.note(&[come], t + 2.0);
             t += 2.0;
         }
     }

@@ -1,10 +1,10 @@
 //! Which law the fleet goes by, and which replicas are unlike the rest.
 
-use crate::fleet::Census;
+use crate::census::{Census, Told};
 use crate::memory::Known;
 use crate::mix::Mix;
 use crate::model::{ReplicaModel, usable};
-use crate::observation::{Dials, Objectives, Replica, Sample};
+use crate::observation::{Dials, Objectives};
 
 /// Below this confidence a replica's law isn't acted upon.
 const TRUSTED: f64 = 0.5;
@@ -14,24 +14,24 @@ const LIKE: f64 = 1.15;
 const LIKE_MEMORY: f64 = 1.25;
 
 /// Replicas whose law can be acted upon.
-pub(crate) fn trusted<'a>(census: &Census<'a>) -> Vec<(&'a Replica, &'a Sample)> {
-    (census.sampled.iter().copied())
-        .filter(|(_, sample)| sample.law_confidence >= TRUSTED && usable(&sample.law))
+pub(crate) fn trusted<'a>(census: &Census<'a>) -> Vec<(&'a str, Told)> {
+    (census.heard.iter().copied())
+        .filter(|(_, told)| told.law_confidence >= TRUSTED && usable(&told.law))
         .collect()
 }
 
-pub(crate) fn known(sample: &Sample) -> Known {
+pub(crate) fn known(told: Told) -> Known {
     Known {
-        law: sample.law,
-        kv_capacity_tokens: sample.kv_capacity_tokens,
-        ceilings: sample.ceilings,
+        law: told.law,
+        kv_capacity_tokens: told.kv_capacity_tokens,
+        ceilings: told.ceilings,
     }
 }
 
 /// The law of the replica in the middle: one that reports nonsense doesn't move it. `before`
 /// breaks the tie between two, so that the fleet's law doesn't jump between them.
 pub(crate) fn typical(
-    trusted: &[(&Replica, &Sample)],
+    trusted: &[(&str, Told)],
     mix: Mix,
     objectives: Objectives,
     dials: Dials,
@@ -39,7 +39,7 @@ pub(crate) fn typical(
 ) -> Option<Known> {
     let seconds = |k: Known| steps(k, mix, objectives, dials).1;
     let mut laws: Vec<(f64, Known)> = (trusted.iter())
-        .map(|(_, sample)| (seconds(known(sample)), known(sample)))
+        .map(|(_, told)| (seconds(known(*told)), known(*told)))
         .collect();
     laws.sort_by(|a, b| a.0.total_cmp(&b.0));
     let middle = laws.len() / 2;

@@ -3,6 +3,7 @@
 //! | file | from | to |
 //! |---|---|---|
 //! | `fleet` | counters of replicas that come and go | what happened within a window |
+//! | `census` | pods, and what they said last | who is ready, who is silent |
 //! | `demand` | windows | rates, backlog, the mix of requests |
 //! | `laws` | the replicas' laws | the fleet's law, and who is unlike it |
 //! | `model` | a law, a mix, objectives | what dials carry, and at what latency |
@@ -16,6 +17,7 @@ pub mod decision;
 pub mod memory;
 pub mod observation;
 
+mod census;
 mod demand;
 mod dials;
 mod fleet;
@@ -32,14 +34,14 @@ mod starts;
 mod tune;
 
 pub use decision::{Decision, Load, Outlook, Reason, ReasonCode};
-pub use memory::Memory;
+pub use memory::{Memory, Without};
 pub use observation::{
     Counters, DialRange, Dials, Histogram, ItlOf, Limits, Objectives, Observation, Phase, Queue,
     Replica, Sample,
 };
 
+use census::Census;
 use demand::Demand;
-use fleet::Census;
 use mix::Mix;
 use replicas::Need;
 use tune::Tuned;
@@ -69,12 +71,12 @@ pub fn decide(
     // 1. What is known: pods, samples, load.
     let since = observation.now - memory.decided_at;
     let now = memory.resume(observation.now);
-    let census = Census::new(observation, now);
-    memory.starts.observe(observation);
     let come = memory.tracks.observe(observation, now);
-    if let Some(until) = memory.tracks.known_until(now) {
-        let since = memory.watched.replace(until).unwrap_or(until);
-        memory.history.note(&come, since, until);
+    let census = Census::new(observation, &memory.tracks, now);
+    memory.starts.observe(observation);
+    if !census.heard.is_empty() {
+        let until = now - census.delay;
+        memory.history.note(&come, until);
         let history = &memory.history;
         memory
             .recurrence
@@ -111,10 +113,11 @@ pub fn decide(
         dials: tuned.dials,
         moved_from: (tuned.dials != before).then_some(before),
         hopeless: tuned.hopeless,
+        too_slow: tuned.too_slow(),
     };
 
     // 4. Replicas from demand.
-    let heard = !scene.census.sampled.is_empty();
+    let heard = !scene.census.heard.is_empty();
     let asleep = sleep::plan(&scene, observation.queue, current);
     let (replicas, reason) = match (asleep, scene.demand.as_ref().filter(|_| heard)) {
         (Some(plan), _) => plan,
@@ -134,12 +137,17 @@ pub fn decide(
     };
 
     let outlook = outlook(&scene, &tuned);
+    memory.pressed = scene
+        .demand
+        .as_ref()
+        .is_some_and(|d| tuned.pressed(&scene, d));
     memory.replicas = Some(replicas);
     memory.dials = Some(tuned.dials);
     Decision {
         replicas,
         dials: tuned.dials,
         overrides: tuned.overrides,
+        weights: tuned.weights,
         reason,
         load: scene.demand.map(|demand| demand.load),
         outlook,

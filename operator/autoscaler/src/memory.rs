@@ -37,6 +37,7 @@ pub struct Memory {
     pub(crate) low: Low,
     pub(crate) raised_at: Option<f64>,
     pub(crate) lowered_at: Option<f64>,
+    pub(crate) turns: Turns,
     pub(crate) misses: Misses,
     pub(crate) history: History,
     pub(crate) recurrence: Recurrence,
@@ -45,11 +46,15 @@ pub struct Memory {
     /// The dials were set by somebody who knew more: they stay until the mix is known again.
     pub(crate) inherited: bool,
 
+    /// The ready replicas got more than they carry when the last call looked.
+    #[serde(skip)]
+    pub(crate) pressed: bool,
+
+    #[serde(skip)]
+    pub(crate) without: Without,
+
     #[serde(skip)]
     pub(crate) tracks: Tracks,
-    /// Up to when arrivals were watched by this process.
-    #[serde(skip)]
-    pub(crate) watched: Option<f64>,
     /// Own dials of unlike replicas.
     #[serde(skip)]
     pub(crate) own: BTreeMap<String, (Dials, Motion)>,
@@ -59,6 +64,15 @@ pub struct Memory {
     /// Since when the Deployment is asked for something else than was decided.
     #[serde(skip)]
     pub(crate) differs_since: Option<f64>,
+}
+
+/// What the policy is to do without, to see what it is worth.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Without {
+    /// Load is taken to stay as it is.
+    pub forecast: bool,
+    /// What came back before isn't expected again.
+    pub recurrence: bool,
 }
 
 /// The fleet's law and memory as they were last known.
@@ -79,6 +93,8 @@ pub(crate) struct Misses {
     pub ended: f64,
     pub missed: f64,
     pub expected: f64,
+    /// Requests that ended and missed in the last hour or so, shortages included.
+    pub long: (f64, f64),
     /// Shares predicted since the last comparison, and how many.
     pub predicted: (f64, u32),
     pub judged_at: f64,
@@ -86,13 +102,77 @@ pub(crate) struct Misses {
     pub shortage_at: f64,
 }
 
+/// Misses that tell a share of misses to within a third.
+const TELLING: f64 = 10.0;
+/// More than the misses allowed are expected at a time where fewer have been, at most so many times.
+const MOST_LEFT: f64 = 1.3;
+
 impl Misses {
+    /// How many times the misses allowed may be expected now, for what hasn't been spent of late.
+    pub fn left(&self, allowed: f64) -> f64 {
+        let (ended, missed) = self.long;
+        let spent = (missed + missed.max(0.0).sqrt() + TELLING) / (allowed * ended + TELLING);
+        if spent.is_finite() {
+            (2.0 - spent).clamp(1.0, MOST_LEFT)
+        } else {
+            1.0
+        }
+    }
+
     pub fn derating(&self) -> f64 {
         if self.derating.is_finite() {
             self.derating.max(1.0)
         } else {
             1.0
         }
+    }
+}
+
+/// When the number of replicas turned from growing to shrinking or back.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub(crate) struct Turns {
+    at: VecDeque<f64>,
+    upwards: Option<bool>,
+}
+
+impl Turns {
+    const REMEMBERED: f64 = 3600.0;
+
+    pub fn note(&mut self, now: f64, upwards: bool) {
+        if self
+            .upwards
+            .replace(upwards)
+            .is_some_and(|was| was != upwards)
+        {
+            self.at.push_back(now.round());
+        }
+        self.at
+            .retain(|at| (0.0..Self::REMEMBERED).contains(&(now - at)));
+        // However the clock jumps.
+        while self.at.len() > 32 {
+            self.at.pop_front();
+        }
+    }
+
+    /// In the last hour.
+    pub fn count(&self, now: f64) -> u32 {
+        let of_late = |at: &&f64| (0.0..Self::REMEMBERED).contains(&(now - **at));
+        self.at.iter().filter(of_late).count() as u32
+    }
+
+    /// Seconds until a scale-down wouldn't turn or has no more than so many turns within the hour
+    /// before it.
+    pub fn wait(&self, now: f64, most: usize) -> f64 {
+        let last = self.at.len().checked_sub(most + 1);
+        let last = last.filter(|_| self.was_upwards());
+        let passes = last.and_then(|place| Some(self.at.get(place)? + Self::REMEMBERED - now));
+        passes.unwrap_or(0.0)
+    }
+
+    /// Whether a scale-down would turn.
+    pub fn was_upwards(&self) -> bool {
+        self.upwards == Some(true)
     }
 }
 
@@ -106,14 +186,14 @@ pub(crate) struct Low {
 impl Low {
     pub fn note(&mut self, now: f64, needed: u32, stabilization: f64) {
         match self.slots.back_mut() {
-            Some((start, most)) if now - *start < stabilization / 12.0 => *most = needed.max(*most),
+            Some((start, most)) if now - *start < stabilization / 36.0 => *most = needed.max(*most),
             _ => self.slots.push_back((now, needed)),
         }
         while (self.slots.get(1)).is_some_and(|(start, _)| now - start >= stabilization) {
             self.slots.pop_front();
         }
         // Slots can't be more than this however the clock jumps.
-        while self.slots.len() > 20 {
+        while self.slots.len() > 40 {
             self.slots.pop_front();
         }
     }
@@ -128,9 +208,13 @@ impl Low {
         since.map_or(0.0, |(start, _)| (now - start).max(0.0))
     }
 
-    /// The most that was needed.
-    pub fn most(&self) -> u32 {
-        self.slots.iter().map(|(_, most)| *most).max().unwrap_or(0)
+    /// The most that was needed within so many seconds.
+    pub fn most(&self, now: f64, seconds: f64) -> u32 {
+        let first = self
+            .slots
+            .partition_point(|(start, _)| now - start > seconds);
+        let slots = self.slots.iter().skip(first.saturating_sub(1));
+        slots.map(|(_, most)| *most).max().unwrap_or(0)
     }
 
     pub fn forget(&mut self) {
@@ -142,13 +226,24 @@ impl Memory {
     /// The memory of an operator that was restarted without a stored one: it knows from the
     /// object's status what was last asked for, so that it doesn't start from the initial dials.
     pub fn seeded(desired_replicas: u32, dials: Option<Dials>, now: f64) -> Self {
+        let now = if now.is_finite() { now } else { 0.0 };
         Memory {
             dials,
             replicas: Some(desired_replicas),
             inherited: dials.is_some(),
-            decided_at: if now.is_finite() { now } else { 0.0 },
+            decided_at: now,
+            misses: Misses {
+                judged_at: now,
+                shortage_at: now,
+                ..Misses::default()
+            },
             ..Memory::default()
         }
+    }
+
+    /// The same memory of a policy that lacks something.
+    pub fn without(self, without: Without) -> Self {
+        Memory { without, ..self }
     }
 
     /// The same memory, told how many seconds a replica takes to start, until starts were seen.
@@ -191,12 +286,12 @@ impl Memory {
             self.motion = Motion::default();
             self.raised_at = None;
             self.lowered_at = None;
+            self.turns = Turns::default();
             self.misses.judged_at = now;
             self.misses.shortage_at = now;
             self.tracks = Tracks::default();
             self.history = History::default();
             self.recurrence = Recurrence::default();
-            self.watched = None;
             self.differs_since = None;
             self.low.forget();
         } else if now - before > GAP {
@@ -220,10 +315,48 @@ mod tests {
             low.note(now, if i < 5 { 4 } else { 2 }, 60.0);
         }
         assert_eq!(low.lasted(40.0, 4), 40.0);
-        assert_eq!(low.lasted(40.0, 3), 28.0);
+        assert_eq!(low.lasted(40.0, 3), 30.0);
         assert_eq!(low.lasted(40.0, 1), 0.0);
         low.note(42.0, 3, 60.0);
         assert_eq!(low.lasted(42.0, 2), 0.0);
+    }
+
+    #[test]
+    fn after_half_a_day_it_is_still_small() {
+        let mut memory = Memory::seeded(4, None, 1.7e9);
+        memory.mix = Some(Mix::UNKNOWN.towards(Mix::default(), 1.0 / 3.0));
+        for i in 0..20_000_u32 {
+            let now = 1.7e9 + 2.0 * f64::from(i);
+            let rate = 12.345_678 + f64::from(i % 1000) / 3.0;
+            let come = crate::history::Arrivals {
+                from: now - 2.0,
+                to: now,
+                requests: 2.0 * rate,
+                share: 1.0,
+            };
+            memory.history.note(&[come], now);
+            memory.history.judge(rate, 75.123_456);
+            let history = &memory.history;
+            memory.recurrence.note(now, |seconds| history.rate(seconds));
+            memory.low.note(now, i % 7, 225.0);
+            memory.turns.note(now, i % 100 < 50);
+        }
+        let stored = serde_json::to_string(&memory).unwrap();
+        assert!((4000..8192).contains(&stored.len()), "{}", stored.len());
+    }
+
+    #[test]
+    fn turns_are_counted_and_waited_for() {
+        let mut turns = Turns::default();
+        for i in 0..8 {
+            turns.note(100.0 * f64::from(i), i % 2 == 1);
+        }
+        assert_eq!(turns.count(800.0), 7);
+        // Fewer than seven when the first one, at 100 s, is an hour old.
+        assert_eq!(turns.wait(800.0, 6), 2900.0);
+        assert_eq!(turns.wait(800.0, 7), 0.0);
+        turns.note(900.0, false);
+        assert_eq!(turns.wait(900.0, 6), 0.0, "no turn");
     }
 
     #[test]

@@ -14,6 +14,8 @@ pub(crate) struct Mix {
     pub output: f64,
     /// Squared coefficient of variation of the answers.
     pub output_variation: f64,
+    /// Answers in the middle of the [`SHARES`] of the requests.
+    pub outputs: [f64; 8],
     /// Mean cached tokens of a running sequence.
     pub context: f64,
 }
@@ -36,8 +38,18 @@ impl Mix {
         prompt_variation: 1.0,
         output: 128.0,
         output_variation: 0.5,
+        outputs: [23.8, 35.5, 47.9, 64.6, 88.9, 122.8, 169.1, 261.3],
         context: 576.0,
     };
+
+    /// Answers of which so many are shorter: what [`Mix::outputs`] are quantiles at.
+    pub fn output_quantiles() -> [f64; 8] {
+        let mut below = 0.0;
+        SHARES.map(|share| {
+            below += share;
+            below - 0.5 * share
+        })
+    }
 
     /// `share` (0..=1) of the way to another mix.
     pub fn towards(self, other: Mix, share: f64) -> Mix {
@@ -47,6 +59,7 @@ impl Mix {
             prompt_variation: towards(self.prompt_variation, other.prompt_variation),
             output: towards(self.output, other.output),
             output_variation: towards(self.output_variation, other.output_variation),
+            outputs: std::array::from_fn(|i| towards(self.outputs[i], other.outputs[i])),
             context: towards(self.context, other.context),
         }
         .bounded()
@@ -68,6 +81,7 @@ impl Mix {
             prompt_variation: bound(self.prompt_variation, 0.0, 9.0, 1.0),
             output,
             output_variation: bound(self.output_variation, 0.0, 9.0, 0.5),
+            outputs: self.outputs.map(|tokens| bound(tokens, 1.0, 1e7, output)),
             context: bound(self.context, 1.0, 1e8, prompt + output / 2.0),
         }
     }
@@ -77,11 +91,15 @@ impl Mix {
         eighths(self.prompt, self.prompt_variation)
     }
 
-    /// Eight answers that do.
-    pub fn outputs(&self) -> [f64; 8] {
-        eighths(self.output, self.output_variation)
+    /// Answers with the shares of the requests that they stand for.
+    pub fn answers(&self) -> impl Iterator<Item = (f64, f64)> {
+        self.outputs.into_iter().zip(SHARES)
     }
 }
+
+/// Shares of the requests that are told apart by the length of their answers. The shortest ones bear
+/// the least delay.
+const SHARES: [f64; 8] = [0.02, 0.05, 0.08, 0.15, 0.2, 0.2, 0.15, 0.15];
 
 /// Lengths of text are about log-normally distributed; the mean is kept.
 fn eighths(mean: f64, variation: f64) -> [f64; 8] {
@@ -94,6 +112,13 @@ fn eighths(mean: f64, variation: f64) -> [f64; 8] {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn answers_stand_for_all_requests() {
+        assert!((SHARES.iter().sum::<f64>() - 1.0).abs() < 1e-12);
+        let quantiles = Mix::output_quantiles();
+        assert!((quantiles[0] - 0.01).abs() < 1e-12 && (quantiles[7] - 0.925).abs() < 1e-12);
+    }
 
     #[test]
     fn eighths_keep_the_mean_and_spread_with_the_variation() {

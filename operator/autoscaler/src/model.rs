@@ -42,6 +42,8 @@ pub(crate) struct Capacity {
     pub in_flight: f64,
     /// Requests a second when it never lacks work.
     pub saturated_rate: f64,
+    /// Whether the objectives are kept at that rate; if not, they can't be.
+    pub keeps: bool,
 }
 
 /// A replica under a steady load.
@@ -170,10 +172,10 @@ impl ReplicaModel {
         let least = LEAST_SHARE * saturated.rate;
         let within = (self.operation(keeps, dials.max_num_batched_tokens))
             .filter(|operation| operation.rate > least);
-        let (rate, in_flight) = match within {
+        let (rate, in_flight) = match &within {
             Some(operation) => {
-                let prompt = self.prompt_seconds(&operation, dials.max_num_batched_tokens);
-                let busy = busy(&operation, prompt, f64::from(fleet));
+                let prompt = self.prompt_seconds(operation, dials.max_num_batched_tokens);
+                let busy = busy(operation, prompt, f64::from(fleet));
                 let wait = busy * self.queued(prompt, busy);
                 (operation.rate, keeps + operation.rate * (prompt + wait))
             }
@@ -183,6 +185,7 @@ impl ReplicaModel {
             rate,
             in_flight: in_flight.max(1.0),
             saturated_rate: saturated.rate,
+            keeps: within.is_some(),
         };
         (capacity.rate.is_finite() && capacity.rate > 0.0).then_some(capacity)
     }
@@ -268,15 +271,19 @@ impl ReplicaModel {
 
     /// Share of requests whose tokens come too slowly.
     ///
-    /// A request of O tokens takes O times a decoding step, and what the prompts that come meanwhile
-    /// take. Alone, a replica gets them at its rate, over a time that they make longer themselves: the
-    /// request is late if those within the time it may take are more than that time has room for. In a
-    /// large fleet they come as its sequences end, so many a step.
+    /// A request of O tokens takes O times a decoding step, and what the prompts take that came while
+    /// it waited for its first token or come meanwhile. Alone, a replica gets them at its rate, over a
+    /// time that they make longer themselves: the request is late if those within the time it may
+    /// take are more than that time has room for. In a large fleet they come as its sequences end, so
+    /// many a step.
     fn slow_answers(&self, operation: &Operation, budget: u32, fleet: f64) -> f64 {
         let Operation { n, rate, .. } = *operation;
         let goal = self.objectives.itl_seconds;
+        if operation.mixed <= goal {
+            return 0.0;
+        }
         if self.objectives.itl_of == ItlOf::P95 {
-            return if operation.mixed <= goal { 0.0 } else { 1.0 };
+            return 1.0;
         }
         let room = goal - operation.decode;
         if room <= 0.0 {
@@ -285,16 +292,20 @@ impl ReplicaModel {
         let stall = self.mix.prompt * (operation.mixed - operation.decode).max(0.0)
             / (f64::from(budget) - n).max(1.0);
         let square = stall * stall * (1.0 + self.mix.prompt_variation);
-        let late = self.mix.outputs().map(|output| {
+        let prompt = self.prompt_seconds(operation, budget);
+        let busy = busy(operation, prompt, fleet);
+        let behind = rate * (prompt + busy * self.queued(prompt, busy));
+        let spared = operation.step / operation.mixed;
+        let late = self.mix.answers().map(|(output, share)| {
             let beyond = |prompts: f64| {
                 let (mean, variance) = (prompts * stall, prompts * square);
-                gamma_tail(room * output, mean, variance)
+                share * gamma_tail(room * output, mean, variance)
             };
-            let alone = beyond(rate * goal * output);
-            let among = beyond(n * output / self.mix.output);
+            let alone = beyond(behind + rate * goal * output);
+            let among = beyond(spared * behind + n * output / self.mix.output);
             among + (alone - among) / fleet
         });
-        late.iter().sum::<f64>() / late.len() as f64
+        late.sum()
     }
 
     /// The same while `cap` sequences run and more wait.
@@ -332,8 +343,11 @@ impl ReplicaModel {
         let prompt = self.prompt_seconds(operation, dials.max_num_batched_tokens);
         let busy = busy(operation, prompt, fleet);
         let queued = self.queued(prompt, busy);
-        // The step that runs, and the one that was put together meanwhile.
-        let overhead = operation.step + 0.5 * operation.decode;
+        // What is left of the step that runs, a long one more likely than a short one; and the step
+        // that was put together meanwhile.
+        let (share, mixed, decode) = (operation.mixed_share, operation.mixed, operation.decode);
+        let square = share * mixed * mixed + (1.0 - share) * decode * decode;
+        let overhead = 0.5 * square / operation.step + operation.step;
         let slack = |tokens: f64| {
             let above = (tokens - goals.ttft_free_prompt_tokens).max(0.0);
             goals.ttft_seconds + goals.ttft_seconds_per_prompt_token * above

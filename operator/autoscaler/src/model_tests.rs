@@ -1,5 +1,5 @@
 use super::*;
-use crate::dials::{best, ranges};
+use crate::dials::{Aim, best, ranges};
 use crate::observation::{DialRange, Limits};
 
 fn objectives(itl_of: ItlOf) -> Objectives {
@@ -14,7 +14,9 @@ fn objectives(itl_of: ItlOf) -> Objectives {
 }
 
 fn mix(prompt: f64, output: f64, prompt_variation: f64) -> Mix {
+    let shape = Mix::UNKNOWN;
     Mix {
+        outputs: shape.outputs.map(|tokens| tokens * output / shape.output),
         prompt,
         prompt_variation,
         output,
@@ -65,7 +67,12 @@ fn pick((law, kv): (Law, u64), mix: Mix, itl_of: ItlOf) -> (Dials, Capacity) {
         max_num_batched_tokens: 0,
     };
     let model = ReplicaModel::new(law, mix, objectives(itl_of), kv);
-    let choice = best(&model, ranges(&limits, unbound), unbound, 4).unwrap();
+    let aim = Aim {
+        ranges: ranges(&limits, unbound),
+        fleet: 4,
+        pressed: false,
+    };
+    let choice = best(&model, aim, unbound).unwrap();
     assert!(model.keeps(choice.dials));
     (choice.dials, choice.capacity)
 }
@@ -93,6 +100,7 @@ fn the_worked_example() {
         hidden: 1.0,
     };
     let mix = Mix {
+        outputs: Mix::UNKNOWN.outputs,
         prompt: 1155.0,
         prompt_variation: 0.92,
         output: 211.0,

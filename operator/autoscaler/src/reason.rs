@@ -18,7 +18,12 @@ pub(crate) struct Facts<'a> {
     pub moved_from: Option<Dials>,
     /// No dials keep the inter-token objective: seconds of the smallest step, and the objective.
     pub hopeless: Option<(f64, f64)>,
+    /// Replicas that can't keep the objectives, while others can.
+    pub too_slow: u32,
 }
+
+/// Seconds by which samples may be behind without a word.
+const BEHIND: f64 = 10.0;
 
 impl Facts<'_> {
     /// Nothing is known of the load.
@@ -34,7 +39,7 @@ impl Facts<'_> {
         }
         let message = if census.ready() == 0 {
             format!("No replica is ready yet: {} starting.", census.starting)
-        } else if census.sampled.is_empty() {
+        } else if census.heard.is_empty() {
             format!(
                 "None of {} ready {} has given a sound sample within 10 s: everything stays as it is.",
                 census.ready(),
@@ -67,12 +72,18 @@ impl Facts<'_> {
                     self.for_misses()
                 ),
             ),
-            Plan::Lower { from, to, seconds } => (
+            Plan::Lower {
+                from,
+                to,
+                seconds,
+                again,
+            } => (
                 ReasonCode::ScaleDown,
                 format!(
-                    "From {from} to {}: {} has needed no more for {seconds} s{}.",
+                    "From {from} to {}: {} has needed no more for {seconds} s{}{}.",
                     replicas(to),
                     self.load(demand),
+                    if again { ", as a period ago" } else { "" },
                     self.one_carries()
                 ),
             ),
@@ -115,7 +126,7 @@ impl Facts<'_> {
                     ReasonCode::Steady,
                     format!(
                         "{} {} {}{}{}.",
-                        replicas(n),
+                        ready_of(census.ready(), n),
                         if n == 1 { "carries" } else { "carry" },
                         self.load(demand),
                         self.one_carries(),
@@ -124,10 +135,31 @@ impl Facts<'_> {
                 ),
             },
         };
+        if census.unschedulable > 0 && code != ReasonCode::WaitingForAccelerator {
+            message.push_str(&format!(
+                " {} without a node that has room for it.",
+                replicas(census.unschedulable)
+            ));
+        }
         if census.silent > 0 {
             message.push_str(&format!(
-                " {} of {} ready gave no sound sample: nothing is scaled down meanwhile.",
+                " {} of {} ready gave no sound sample within 10 s: as much load is taken to be \
+                 there as elsewhere, and nothing is scaled down meanwhile.",
                 census.silent,
+                census.ready()
+            ));
+        }
+        if census.delay > BEHIND {
+            message.push_str(&format!(
+                " Samples are {:.0} s behind: load is forecast from there.",
+                census.delay
+            ));
+        }
+        if self.too_slow > 0 {
+            message.push_str(&format!(
+                " {} of {} ready can't keep the objectives with any dials: requests should go \
+                 elsewhere.",
+                self.too_slow,
                 census.ready()
             ));
         }
@@ -193,6 +225,15 @@ impl Facts<'_> {
 
 fn reason(code: ReasonCode, message: String) -> Reason {
     Reason { code, message }
+}
+
+/// Those that carry load.
+fn ready_of(ready: u32, asked: u32) -> String {
+    if ready < asked {
+        format!("{ready} ready of {}", replicas(asked))
+    } else {
+        replicas(asked)
+    }
 }
 
 fn replicas(n: u32) -> String {

@@ -32,6 +32,8 @@ pub(crate) struct Recurrence {
     slots: VecDeque<f32>,
     /// In slots.
     period: Option<usize>,
+    /// Load was seen to rise and fall by it.
+    proven: bool,
 }
 
 impl Recurrence {
@@ -40,7 +42,7 @@ impl Recurrence {
         let end = self.start + SLOT * self.slots.len() as f64;
         if self.slots.is_empty() || until < end - SLOT || until > end + SLOT * KEPT as f64 {
             self.slots.clear();
-            self.period = None;
+            (self.period, self.proven) = (None, false);
             self.start = (until / SLOT).floor() * SLOT;
             self.slots.push_back(-1.0);
             return;
@@ -59,7 +61,12 @@ impl Recurrence {
             self.slots.pop_front();
             self.start += SLOT;
         }
-        self.period = self.find();
+        (self.period, self.proven) = self.find();
+    }
+
+    /// Whether load was seen to rise and fall as it did a period before.
+    pub fn is_proven(&self) -> bool {
+        self.proven
     }
 
     /// Requests a second that are to be expected at most within so many seconds from `now`; 0 where
@@ -79,11 +86,12 @@ impl Recurrence {
         expected.fold(0.0, f64::max)
     }
 
-    /// The shortest period by which load repeats itself, or the hour.
-    fn find(&self) -> Option<usize> {
+    /// The shortest period by which load repeats itself, or the hour; and whether that is proven.
+    fn find(&self) -> (Option<usize>, bool) {
         let longest = self.slots.len().saturating_sub(COMPARED.0);
         let own = (SHORTEST..=longest.min(KEPT / 2)).find(|&period| self.repeats(period, true));
-        own.or_else(|| (HOUR <= longest && self.repeats(HOUR, false)).then_some(HOUR))
+        let hour = || (HOUR <= longest && self.repeats(HOUR, false)).then_some(HOUR);
+        (own.or_else(hour), own.is_some())
     }
 
     /// Whether the newest slots are like those a period before; with `proof` also that load rose and

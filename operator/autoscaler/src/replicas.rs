@@ -18,6 +18,8 @@ const JUMP: f64 = 2.0;
 const PLANNED_CAP: f64 = 0.7;
 /// Share of the misses allowed that the replicas left after a scale-down may be expected to have.
 const KEPT_MISSES: f64 = 0.5;
+/// Times the replicas that are ordered at once at most.
+const MOST_TIMES: u32 = 4;
 /// Seconds between two orders for more.
 const BETWEEN_RAISES: f64 = 10.0;
 /// Seconds after a shortage in which misses teach nothing: requests that began in it still end.
@@ -26,13 +28,26 @@ const AFTERMATH: f64 = 90.0;
 const JUDGED_EVERY: f64 = 60.0;
 /// What counts of older comparisons at each: half after five minutes.
 const MISSES_KEPT: f64 = 0.87;
+/// The same for the misses that were spent of those allowed: half after half an hour.
+const LONG_KEPT: f64 = 0.977;
 /// Factor by which a replica is taken to carry less, and at most.
 const DERATED_BY: f64 = 1.1;
 const MOST_DERATED: f64 = 4.0;
 /// What is left of that at each comparison that is in order: half after half an hour.
 const DERATING_KEPT: f64 = 0.977;
+/// Turns within an hour that make the next one twice as dear, and how dear it is at most.
+const TURNS_DOUBLE: f64 = 4.0;
+const DEAREST: f64 = 3.0;
+/// Turns within an hour after which only the end of what repeats itself makes another one: it would be
+/// the seventh, and the one back the eighth.
+const MOST_TURNS: usize = 6;
 /// Least seconds between two steps down.
 const BETWEEN_STEPS: f64 = 10.0;
+/// Seconds that load must have been watched to be known to within what chance does to it, and the
+/// standard errors that it may be below what was measured until then.
+const KNOWN_AFTER: f64 = 15.0;
+const DOUBT: f64 = 2.0;
+
 /// Replicas that the load needs.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Need {
@@ -40,55 +55,80 @@ pub(crate) struct Need {
     pub up: u32,
     /// To keep. Never less than `up`.
     pub down: u32,
+    /// To keep for the load of the moment and all that a proven pattern has within the time of a
+    /// start.
+    pub by_pattern: Option<u32>,
     /// `up` follows from the requests in flight rather than from their rate.
     pub by_in_flight: bool,
 }
 
 /// Without a law the cap in force is what counts.
 pub(crate) fn need(scene: &Scene, demand: &Demand, tuned: &Tuned, memory: &mut Memory) -> Need {
-    let start = memory.starts.usual();
-    let ahead = demand.trend.ahead(start).max(demand.trend.level);
-    memory.history.judge(demand.trend.ahead(start), start);
+    // What is known is a while behind where samples are late.
+    let start = memory.starts.usual() + scene.census.delay;
+    let mut trend = demand.trend;
+    if memory.without.forecast {
+        trend.slope = 0.0;
+    }
+    let ahead = trend.ahead(start).max(trend.level);
+    memory.history.judge(trend.ahead(start), start);
+    let doubt = if memory.history.watched() < KNOWN_AFTER {
+        DOUBT * trend.error
+    } else {
+        0.0
+    };
     // What came a period ago must be met by replicas that are ready by then.
-    let again = memory
-        .recurrence
-        .ahead(scene.now, memory.starts.slowest() + SPARE);
+    let horizon = memory.starts.slowest() + SPARE;
+    let recurs = !memory.without.recurrence;
+    let again = if recurs {
+        memory.recurrence.ahead(scene.now, horizon)
+    } else {
+        0.0
+    };
+    let pattern = (recurs && memory.recurrence.is_proven()).then_some(again);
     // A slow rise is the trend's affair.
     let again = if again >= JUMP * ahead { again } else { 0.0 };
-    if demand.idle && again <= 0.0 {
-        return Need::default();
-    }
-    let derating = memory.misses.derating();
-    let (by_rate, by_in_flight, down) = match (&tuned.model, tuned.capacity) {
-        (Some((model, dials)), Some(one)) => {
-            let fleet = Fleet {
-                model,
-                dials: *dials,
-                saturated_rate: one.saturated_rate,
-                derating,
-                error: memory.history.error() * ERROR_LEFT,
-                most: scene.limits.max_replicas.saturating_mul(2).max(1),
-            };
-            let by_rate = fleet.needs(ahead, 1.0).max(fleet.needs(again, 1.0));
-            let down = fleet.needs(ahead, KEPT_MISSES).max(by_rate);
-            let lacking = tuned.lacking.max(0.0).ceil() as u32;
-            (
-                by_rate.saturating_add(lacking),
-                0,
-                down.saturating_add(lacking),
-            )
-        }
-        _ => {
-            let one = PLANNED_CAP * f64::from(tuned.dials.max_num_seqs.max(1)) / derating;
-            let by_in_flight = whole(demand.in_flight_up / one);
-            (0, by_in_flight, whole(demand.in_flight_down / one))
-        }
+    let Some((model, dials, one)) = tuned.known() else {
+        return without_law(demand, tuned, memory.misses.derating());
     };
-    let up = by_rate.max(by_in_flight);
+    let fleet = Fleet {
+        model,
+        dials,
+        saturated_rate: one.saturated_rate,
+        derating: memory.misses.derating(),
+        error: memory.history.error() * ERROR_LEFT,
+        most: scene.limits.max_replicas.saturating_mul(2).max(1),
+    };
+    let lacking = tuned.lacking.max(0.0).ceil() as u32;
+    let hint = memory.last_need.unwrap_or(1).saturating_sub(lacking);
+    let needs = |rate: f64, share: f64, hint: u32| match fleet.needs(rate, share, hint) {
+        0 => 0,
+        n => n.saturating_add(lacking),
+    };
+    let share = memory.misses.left(fleet.model.allowed());
+    let quiet = if demand.idle { 0.0 } else { 1.0 };
+    let (ahead, again) = (quiet * ahead, again.max(0.0));
+    let up = needs((ahead - doubt).max(again), share, hint);
+    let down = needs(ahead, share * KEPT_MISSES, up).max(up);
     Need {
         up,
-        down: down.max(up),
-        by_in_flight: by_in_flight > by_rate,
+        down,
+        by_pattern: pattern.map(|rate| needs(rate.max(ahead), share * KEPT_MISSES, down)),
+        by_in_flight: false,
+    }
+}
+
+fn without_law(demand: &Demand, tuned: &Tuned, derating: f64) -> Need {
+    if demand.idle {
+        return Need::default();
+    }
+    let one = PLANNED_CAP * f64::from(tuned.dials.max_num_seqs.max(1)) / derating;
+    let up = whole(demand.in_flight_up / one);
+    Need {
+        up,
+        down: whole(demand.in_flight_down / one).max(up),
+        by_pattern: None,
+        by_in_flight: true,
     }
 }
 
@@ -131,18 +171,38 @@ impl Fleet<'_> {
     }
 
     /// The least number of replicas of which no more than `share` of the misses allowed is expected,
-    /// or that serve so little each that more of them wouldn't help.
-    fn needs(&self, rate: f64, share: f64) -> u32 {
+    /// or that serve so little each that more of them wouldn't help; looked for from `hint` on.
+    fn needs(&self, rate: f64, share: f64, hint: u32) -> u32 {
+        if rate <= 0.0 {
+            return 0;
+        }
         let enough = |replicas: u32| {
             self.derating * rate / f64::from(replicas) <= LEAST_SHARE * self.saturated_rate
                 || self.misses(rate, replicas) <= share * self.model.allowed()
         };
-        let (mut fails, mut does) = (0, 1);
-        while !enough(does) {
-            if does >= self.most {
-                return self.most;
+        let hint = hint.clamp(1, self.most);
+        let (mut fails, mut does, mut stride) = (0, hint, 1);
+        if enough(hint) {
+            while does > 1 {
+                let fewer = does.saturating_sub(stride).max(1);
+                if !enough(fewer) {
+                    fails = fewer;
+                    break;
+                }
+                (does, stride) = (fewer, stride.saturating_mul(2));
             }
-            (fails, does) = (does, does.saturating_mul(2).min(self.most));
+        } else {
+            fails = hint;
+            loop {
+                if fails >= self.most {
+                    return self.most;
+                }
+                does = fails.saturating_add(stride).min(self.most);
+                if enough(does) {
+                    break;
+                }
+                (fails, stride) = (does, stride.saturating_mul(2));
+            }
         }
         while does - fails > 1 {
             let middle = u32::midpoint(fails, does);
@@ -183,10 +243,12 @@ pub(crate) fn learn_from_misses(
     let predicted = misses.predicted.0 / f64::from(misses.predicted.1);
     misses.judged_at = now;
     misses.predicted = (0.0, 0);
+    let ended = demand.good + demand.missed;
+    let (all, missed) = misses.long;
+    misses.long = (LONG_KEPT * all + ended, LONG_KEPT * missed + demand.missed);
     if now - misses.shortage_at < AFTERMATH {
         return;
     }
-    let ended = demand.good + demand.missed;
     misses.ended = MISSES_KEPT * misses.ended + ended;
     misses.missed = MISSES_KEPT * misses.missed + demand.missed;
     misses.expected = MISSES_KEPT * misses.expected + ended * predicted;
@@ -227,6 +289,8 @@ pub(crate) enum Plan {
         from: u32,
         to: u32,
         seconds: u32,
+        /// And did so a period ago.
+        again: bool,
     },
     Keep(u32),
     /// Some pods find no node: no more are ordered.
@@ -283,8 +347,8 @@ pub(crate) fn plan(
     let (census, limits, now) = (&scene.census, scene.limits, scene.now);
     // Without a replica nobody could tell of demand.
     let floor = bounded(limits.min_replicas.max(1), limits);
-    let patience = patience(limits);
-    memory.low.note(now, need.down, patience);
+    let patience = patience(limits) + census.delay;
+    memory.low.note(now, need.down, DEAREST * patience);
     // One odd look isn't enough to order anything.
     let before = memory.last_need.replace(need.up);
     let sure = bounded(need.up.min(before.unwrap_or(0)), limits).max(floor);
@@ -293,11 +357,12 @@ pub(crate) fn plan(
         if census.unschedulable > 0 {
             return Plan::KeepUnschedulable(current);
         }
-        let step = current.saturating_mul(2).max(current.saturating_add(2));
+        let step = current.saturating_mul(MOST_TIMES);
         let to = bounded(sure.min(step), limits);
         let recent = memory.raised_at.is_some_and(|at| now - at < BETWEEN_RAISES);
         if to > current && !recent {
             memory.raised_at = Some(now);
+            memory.turns.note(now, true);
             return Plan::Raise { from: current, to };
         }
         return Plan::Keep(current);
@@ -312,6 +377,21 @@ pub(crate) fn plan(
     if !fewer || (!demand.idle && suffers(scene, demand, capacity, current - 1)) {
         return Plan::Keep(current);
     }
+    // A fall that is part of a pattern needs no patience: load won't be back before replicas can.
+    if let Some(enough) = need.by_pattern.map(|n| n.max(need.down).max(floor))
+        && enough < current
+        && memory.low.lasted(now, current - 1) >= BETWEEN_STEPS
+        && (current - enough >= 2 || memory.turns.wait(now, MOST_TURNS) <= 0.0)
+    {
+        memory.lowered_at = Some(now);
+        memory.turns.note(now, false);
+        return Plan::Lower {
+            from: current,
+            to: bounded(enough, limits),
+            seconds: BETWEEN_STEPS as u32,
+            again: true,
+        };
+    }
     // The first step waits for the stabilization time, the next ones for as long as the fleet
     // needs to show how it bears the last.
     let pause = if demand.idle {
@@ -321,8 +401,10 @@ pub(crate) fn plan(
     };
     let pause = pause.max(BETWEEN_STEPS).min(patience.max(1.0));
     let since = |at: Option<f64>| at.map_or(f64::INFINITY, |at| now - at);
-    let left = (patience - memory.low.lasted(now, current - 1))
+    let unneeded = current - need.down.max(floor);
+    let left = (turning(patience, unneeded, now, memory) - memory.low.lasted(now, current - 1))
         .max(patience - since(memory.raised_at))
+        .max(memory.turns.wait(now, MOST_TURNS))
         .max(pause - since(memory.lowered_at));
     if left > 0.0 {
         return Plan::KeepStabilizing {
@@ -331,13 +413,26 @@ pub(crate) fn plan(
         };
     }
     memory.lowered_at = Some(now);
+    memory.turns.note(now, false);
     // Half of what nobody has needed for that long: the other half is the proof.
-    let unneeded = current.saturating_sub(memory.low.most().max(floor));
+    let unneeded = current.saturating_sub(memory.low.most(now, patience).max(floor));
     Plan::Lower {
         from: current,
         to: bounded(current - unneeded.div_ceil(2).max(1), limits),
         seconds: patience.round() as u32,
+        again: false,
     }
+}
+
+/// Seconds that demand must be low before a scale-down that follows a scale-up: the more the fleet
+/// has turned in the last hour, the more replica-seconds must have been idle.
+fn turning(patience: f64, unneeded: u32, now: f64, memory: &Memory) -> f64 {
+    if !memory.turns.was_upwards() {
+        return patience;
+    }
+    let turns = f64::from(memory.turns.count(now));
+    let price = (1.0 + turns / TURNS_DOUBLE).min(DEAREST);
+    patience * (price / f64::from(unneeded.max(1))).max(1.0)
 }
 
 /// Seconds that demand must be low before a scale-down.

@@ -35,7 +35,7 @@ pub(crate) fn plan(scene: &Scene, queue: Option<Queue>, current: u32) -> Option<
             && queue.idle_seconds >= scene.limits.idle_seconds
     })?;
     let busy = census.running() + census.waiting() > 0;
-    if !last || busy || census.sampled.is_empty() || !census.complete() {
+    if !last || busy || census.heard.is_empty() || !census.complete() {
         return None;
     }
     let message = format!(

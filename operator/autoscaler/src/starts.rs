@@ -1,6 +1,6 @@
 //! How long replicas take to start, as it was measured.
 
-use std::collections::BTreeSet;
+use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
@@ -16,36 +16,43 @@ const KEPT: usize = 8;
 #[serde(default)]
 pub(crate) struct Starts {
     seconds: Vec<f64>,
-    /// Replicas that are on their way.
+    /// Age of the oldest replica that was given up before it was ready.
+    given_up: f64,
+    /// Replicas that are on their way, and their ages where a node takes them.
     #[serde(skip)]
-    coming: BTreeSet<String>,
+    coming: BTreeMap<String, f64>,
 }
 
 impl Starts {
     pub fn observe(&mut self, observation: &Observation) {
-        let mut coming = BTreeSet::new();
+        let mut before = std::mem::take(&mut self.coming);
         for replica in &observation.replicas {
             match replica.phase {
                 Phase::Starting | Phase::Unschedulable => {
-                    coming.insert(replica.id.clone());
+                    before.remove(&replica.id);
+                    let starts = replica.phase == Phase::Starting;
+                    let age = if starts { replica.age_seconds } else { 0.0 };
+                    self.coming.insert(replica.id.clone(), age);
                 }
-                Phase::Ready if self.coming.contains(&replica.id) => {
+                Phase::Ready if before.remove(&replica.id).is_some() => {
                     let seconds = replica.age_seconds - replica.ready_seconds;
-                    if seconds.is_finite() && (0.0..=7200.0).contains(&seconds) {
+                    if possible(seconds) {
                         self.seconds.push(seconds.round());
                     }
                 }
                 Phase::Ready | Phase::Draining => {}
             }
         }
-        self.coming = coming;
+        // Who is neither on its way nor ready was given up.
+        let given_up = before.into_values().filter(|age| possible(*age));
+        self.given_up = given_up.fold(self.given_up, f64::max).round();
         let surplus = self.seconds.len().saturating_sub(KEPT);
         self.seconds.drain(..surplus);
     }
 
     /// What somebody else says that a start takes counts like one that was seen.
     pub fn expect(&mut self, seconds: f64) {
-        if self.seconds.is_empty() && seconds.is_finite() && (0.0..=7200.0).contains(&seconds) {
+        if self.seconds.is_empty() && possible(seconds) {
             self.seconds.push(seconds);
         }
     }
@@ -58,15 +65,21 @@ impl Starts {
         sorted.get(middle).copied().unwrap_or(UNKNOWN)
     }
 
-    /// Seconds that the slowest of the last starts took.
+    /// Seconds that the slowest of the last starts took. One that was given up after longer would
+    /// have taken as long again, for all that is known.
     pub fn slowest(&self) -> f64 {
-        let slowest = self.seconds.iter().copied().fold(0.0, f64::max);
-        if self.seconds.is_empty() {
-            UNKNOWN
+        let seen = self.seconds.iter().copied().reduce(f64::max);
+        let seen = seen.unwrap_or(UNKNOWN);
+        if self.given_up > seen {
+            2.0 * self.given_up
         } else {
-            slowest
+            seen
         }
     }
+}
+
+fn possible(seconds: f64) -> bool {
+    (0.0..=7200.0).contains(&seconds)
 }
 
 #[cfg(test)]
@@ -99,5 +112,34 @@ mod tests {
         starts.observe(&observation(Phase::Unschedulable, 100.0, 0.0));
         starts.observe(&observation(Phase::Ready, 241.0, 1.0));
         assert_eq!((starts.usual(), starts.slowest()), (75.0, 240.0));
+    }
+
+    #[test]
+    fn a_start_that_was_given_up_would_have_taken_longer() {
+        let observation = |phase: Option<Phase>, age: f64| Observation {
+            queue: None,
+            now: 0.0,
+            desired_replicas: 1,
+            replicas: (phase.into_iter())
+                .map(|phase| Replica {
+                    id: "a".into(),
+                    phase,
+                    age_seconds: age,
+                    ready_seconds: 0.0,
+                    sample: None,
+                })
+                .collect(),
+        };
+        for gone in [None, Some(Phase::Draining)] {
+            let mut starts = Starts::default();
+            starts.observe(&observation(Some(Phase::Starting), 130.0));
+            starts.observe(&observation(gone, 132.0));
+            assert_eq!((starts.usual(), starts.slowest()), (UNKNOWN, 260.0));
+            // No node ever took it: that says nothing of how long a start takes.
+            let mut starts = Starts::default();
+            starts.observe(&observation(Some(Phase::Unschedulable), 130.0));
+            starts.observe(&observation(gone, 132.0));
+            assert_eq!(starts.slowest(), UNKNOWN);
+        }
     }
 }

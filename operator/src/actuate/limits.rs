@@ -8,7 +8,7 @@ use stoker_autoscaler::{Dials, ItlOf, Objectives};
 
 use super::Signer;
 use super::token::TokenError;
-use crate::scrape::FetchError;
+use crate::http::{self, PodError};
 
 const DEADLINE: Duration = Duration::from_secs(1);
 
@@ -68,9 +68,7 @@ pub enum PushError {
     #[error(transparent)]
     Token(#[from] TokenError),
     #[error("control port: {0}")]
-    Transport(String),
-    #[error("control port refused with status {status}: {message}")]
-    Refused { status: u16, message: String },
+    Pod(#[from] PodError),
 }
 
 pub struct Pusher {
@@ -82,11 +80,7 @@ pub struct Pusher {
 impl Pusher {
     /// `port`: of the replica's control listener.
     pub fn new(port: u16, signer: Signer) -> Result<Self, reqwest::Error> {
-        let http = reqwest::Client::builder()
-            .timeout(DEADLINE)
-            .no_proxy()
-            .redirect(reqwest::redirect::Policy::none())
-            .build()?;
+        let http = http::client(DEADLINE).timeout(DEADLINE).build()?;
         Ok(Pusher { http, port, signer })
     }
 
@@ -109,18 +103,9 @@ impl Pusher {
             .bearer_auth(token)
             .json(&body)
             .send()
-            .await
-            .map_err(|error| PushError::Transport(FetchError::transport(&error).to_string()))?;
-        let status = response.status();
-        if status.is_success() {
-            return Ok(());
-        }
-        let text = response.text().await.unwrap_or_default();
-        let message = text.chars().take(300).collect();
-        Err(PushError::Refused {
-            status: status.as_u16(),
-            message,
-        })
+            .await;
+        http::accepted(response).await?;
+        Ok(())
     }
 }
 
@@ -199,7 +184,7 @@ mod tests {
         let error = pusher(at.port()).push(at.ip(), "pod", wanted()).await;
         assert_eq!(
             error.unwrap_err().to_string(),
-            "control port refused with status 403: why"
+            "control port: refused with status 403: why"
         );
     }
 }

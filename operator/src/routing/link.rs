@@ -12,8 +12,8 @@ use tracing::{debug, warn};
 use super::reports::Line;
 use super::{Routing, Table};
 use crate::actuate::{Signer, TokenError};
+use crate::http::{self, PodError, accepted};
 use crate::scaling::{Board, Key};
-use crate::scrape::FetchError;
 
 const DEADLINE: Duration = Duration::from_secs(5);
 /// Before what failed is tried again.
@@ -27,10 +27,8 @@ const LONGEST_LINE: usize = 32 << 20;
 pub enum LinkError {
     #[error(transparent)]
     Token(#[from] TokenError),
-    #[error("{0}")]
-    Transport(String),
-    #[error("refused with status {0}: {1}")]
-    Refused(u16, String),
+    #[error(transparent)]
+    Pod(#[from] PodError),
     #[error("it has said nothing for {} s", SILENCE.as_secs())]
     Silent,
     #[error("a line of its reports is too long")]
@@ -46,11 +44,7 @@ pub struct Caller {
 
 impl Caller {
     pub fn new(port: u16, signer: Signer) -> Result<Self, reqwest::Error> {
-        let http = reqwest::Client::builder()
-            .connect_timeout(DEADLINE)
-            .no_proxy()
-            .redirect(reqwest::redirect::Policy::none())
-            .build()?;
+        let http = http::client(DEADLINE).build()?;
         Ok(Caller { http, port, signer })
     }
 
@@ -58,13 +52,14 @@ impl Caller {
         let request = self.http.put(self.url(at, "table")).timeout(DEADLINE);
         let token = self.signer.sign(uid)?;
         let response = request.bearer_auth(token).json(table).send().await;
-        accepted(response).await.map(drop)
+        accepted(response).await?;
+        Ok(())
     }
 
     async fn watch(&self, at: IpAddr, uid: &str) -> Result<reqwest::Response, LinkError> {
         let token = self.signer.sign(uid)?;
         let request = self.http.get(self.url(at, "watch")).bearer_auth(token);
-        accepted(request.send().await).await
+        Ok(accepted(request.send().await).await?)
     }
 
     fn url(&self, at: IpAddr, what: &str) -> String {
@@ -73,20 +68,6 @@ impl Caller {
             SocketAddr::new(at, self.port)
         )
     }
-}
-
-async fn accepted(
-    response: Result<reqwest::Response, reqwest::Error>,
-) -> Result<reqwest::Response, LinkError> {
-    let response = response
-        .map_err(|error| LinkError::Transport(FetchError::transport(&error).to_string()))?;
-    let status = response.status();
-    if status.is_success() {
-        return Ok(response);
-    }
-    let text = response.text().await.unwrap_or_default();
-    let words = text.chars().take(300).collect();
-    Err(LinkError::Refused(status.as_u16(), words))
 }
 
 pub struct Link {
@@ -158,8 +139,7 @@ impl Link {
             let Some(chunk) = chunk.map_err(|_| LinkError::Silent)? else {
                 return Ok(());
             };
-            let failed = |error| LinkError::Transport(FetchError::transport(&error).to_string());
-            buffer.extend_from_slice(&chunk.map_err(failed)?);
+            buffer.extend_from_slice(&chunk.map_err(PodError::from)?);
             if buffer.len() > LONGEST_LINE {
                 return Err(LinkError::TooLong);
             }
@@ -176,7 +156,7 @@ impl Link {
             Ok(Line::Queues { services }) => self.routing.reports.keep(&self.uid, services),
             Ok(Line::Wake { namespace, name }) => {
                 let key = Key { namespace, name };
-                self.routing.woken(&self.uid, &key);
+                self.routing.reports.woken(&self.uid, &key);
                 self.board.rouse(&key);
             }
             Err(error) => {

@@ -70,11 +70,6 @@ impl Routing {
         let ready = pods.iter().filter(|pod| is_ready(pod));
         self.reports.queue(key, ready.filter_map(|pod| pod.uid()))
     }
-
-    /// Requests of a router that wait for a service without a usable replica.
-    fn woken(&self, router: &str, key: &Key) {
-        self.reports.woken(router, key);
-    }
 }
 
 /// Keeps all routers informed. Runs until it is dropped.
@@ -132,11 +127,13 @@ pub async fn run(
             at = ready;
         }
 
+        metrics::gauge!("stoker_operator_routers").set(routers.len() as f64);
         let late = begun.elapsed() >= KEYS_DUE;
-        let services = table::services(&stores, &addresses, &routing.keyring, late);
+        let services = table::services(&stores, &addresses, &routing.keyring, &board, late);
         let Some(services) = services else {
             continue;
         };
+        // Each grants this part of what a key may ask for a minute.
         let routers = u32::try_from(routers.len().max(1)).unwrap_or(u32::MAX);
         table.send_if_modified(|table: &mut Option<Arc<Table>>| {
             let next = Table::after(table.as_deref(), routers, services);
@@ -146,7 +143,6 @@ pub async fn run(
             }
             changed
         });
-        metrics::gauge!("stoker_operator_routers").set(f64::from(routers));
     }
 }
 

@@ -1,6 +1,6 @@
 //! What routers are told: `PUT /control/v1/table` of docs/router.md, made from the caches. Pure.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::net::{IpAddr, SocketAddr};
 
 use k8s_openapi::api::core::v1::{Pod, Service};
@@ -12,11 +12,15 @@ use stoker_api::{InferenceService, ScalingMode, names};
 use super::Keyring;
 use super::keyring::ApiKey;
 use crate::actuate::{DeletionCost, WireObjectives};
-use crate::scaling::{self, Key, is_finished, is_ready, is_replica, is_running};
+use crate::scaling::{self, Board, Key, is_finished, is_ready, is_replica, is_running};
 use crate::stores::Stores;
 
 /// How long a request waits while a replica starts: weights of a large model on a new node.
 const COLD_START_SECONDS: f64 = 600.0;
+/// Of a replica like the rest.
+const ORDINARY: f64 = 1.0;
+/// Steps in which weights are told.
+const WEIGHT_STEPS: f64 = 20.0;
 
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Table {
@@ -43,7 +47,7 @@ pub struct Entry {
 struct Replica {
     id: String,
     address: SocketAddr,
-    weight: u32,
+    weight: f64,
     /// Whether the kubelet says so; the router looks for itself while it doesn't.
     ready: bool,
     max_num_seqs: u32,
@@ -69,6 +73,7 @@ pub fn services(
     stores: &Stores,
     addresses: &[Store<Service>],
     keyring: &Keyring,
+    board: &Board,
     late: bool,
 ) -> Option<Vec<Entry>> {
     let mut services = stores.services();
@@ -78,6 +83,7 @@ pub fn services(
     for service in &services {
         *names.entry(service.name_any()).or_default() += 1;
     }
+    let pods = stores.pods();
     let mut entries = Vec::with_capacity(services.len());
     for service in &services {
         let Some(key) = Key::of(&**service) else {
@@ -94,12 +100,12 @@ pub fn services(
             .map(|_| keys.unwrap_or_default());
         let unique = names.get(&key.name) == Some(&1);
         let ips = cluster_ips(addresses, service, &key);
-        let pods = stores.pods_of(&key);
-        let pods = pods.iter().map(AsRef::as_ref);
+        let pods = pods.get(&key).into_iter().flatten().map(AsRef::as_ref);
         entries.push(entry(
             service,
             &key,
             pods,
+            &board.weights(&key),
             hosts(&key, unique, ips),
             api_keys,
         ));
@@ -111,6 +117,7 @@ fn entry<'a>(
     service: &InferenceService,
     key: &Key,
     pods: impl Iterator<Item = &'a Pod>,
+    weights: &BTreeMap<String, f64>,
     hosts: Vec<String>,
     api_keys: Option<Vec<ApiKey>>,
 ) -> Entry {
@@ -121,14 +128,16 @@ fn entry<'a>(
     let mut replicas: Vec<Replica> = pods
         .filter(|pod| is_replica(pod, &key.name) && !is_finished(pod))
         .filter(|pod| pod.metadata.deletion_timestamp.is_none() && is_running(pod))
-        .filter_map(|pod| replica(pod, u32::try_from(cap).unwrap_or(1)))
+        .filter_map(|pod| replica(pod, u32::try_from(cap).unwrap_or(1), weights))
         .collect();
     // The last one is never out of rotation.
     if replicas
         .iter()
-        .all(|replica| replica.weight == 0 || !replica.ready)
+        .all(|replica| replica.weight == 0.0 || !replica.ready)
     {
-        replicas.iter_mut().for_each(|replica| replica.weight = 1);
+        replicas
+            .iter_mut()
+            .for_each(|replica| replica.weight = ORDINARY);
     }
     Entry {
         namespace: key.namespace.clone(),
@@ -143,12 +152,18 @@ fn entry<'a>(
 }
 
 /// A pod that is marked to go is out of rotation: it finishes what it has.
-fn replica(pod: &Pod, cap: u32) -> Option<Replica> {
+fn replica(pod: &Pod, cap: u32, weights: &BTreeMap<String, f64>) -> Option<Replica> {
     let ip: IpAddr = pod.status.as_ref()?.pod_ip.as_deref()?.parse().ok()?;
+    let id = pod.uid()?;
+    let weight = weights.get(&id).copied().unwrap_or(ORDINARY);
     Some(Replica {
-        id: pod.uid()?,
+        weight: match DeletionCost::is_marked(pod) {
+            true => 0.0,
+            // In steps, so that what is measured a little differently is no new table.
+            false => (weight * WEIGHT_STEPS).round() / WEIGHT_STEPS,
+        },
+        id,
         address: SocketAddr::new(ip, u16::try_from(names::HTTP_PORT).ok()?),
-        weight: u32::from(!DeletionCost::is_marked(pod)),
         ready: is_ready(pod),
         max_num_seqs: cap.max(1),
     })
@@ -213,12 +228,21 @@ mod tests {
     }
 
     fn made(spec: Value, pods: &[Pod]) -> Value {
+        made_with(spec, pods, &[])
+    }
+
+    fn made_with(spec: Value, pods: &[Pod], weights: &[(&str, f64)]) -> Value {
         let key = Key {
             namespace: "ns".to_owned(),
             name: "chat".to_owned(),
         };
         let hosts = hosts(&key, true, vec!["198.19.0.1".to_owned()]);
-        serde_json::to_value(entry(&service(spec), &key, pods.iter(), hosts, None)).unwrap()
+        let weights = weights
+            .iter()
+            .map(|(id, weight)| ((*id).to_owned(), *weight));
+        let weights = weights.collect();
+        let pods = pods.iter();
+        serde_json::to_value(entry(&service(spec), &key, pods, &weights, hosts, None)).unwrap()
     }
 
     #[test]
@@ -232,16 +256,16 @@ mod tests {
             pod("c", "False", json!({})),
         ];
         let entry = made(spec.clone(), &pods);
-        let replica = |id: &str, weight: u32, ready: bool| {
+        let replica = |id: &str, weight: f64, ready: bool| {
             json!({"id": id, "address": "198.18.0.7:8000",
             "weight": weight, "ready": ready, "max_num_seqs": 24})
         };
         assert_eq!(
             entry["replicas"],
             json!([
-                replica("a", 1, true),
-                replica("b", 0, true),
-                replica("c", 1, false)
+                replica("a", 1.0, true),
+                replica("b", 0.0, true),
+                replica("c", 1.0, false)
             ])
         );
         assert_eq!(entry["models"], json!(["smol"]));
@@ -256,7 +280,27 @@ mod tests {
             ])
         );
         let alone = made(spec, &[pod("b", "True", marked)]);
-        assert_eq!(alone["replicas"], json!([replica("b", 1, true)]));
+        assert_eq!(alone["replicas"], json!([replica("b", 1.0, true)]));
+    }
+
+    #[test]
+    fn a_slow_replica_gets_its_part_and_a_hopeless_one_nothing() {
+        let spec = json!({"engine": {"device": "cpu"}});
+        let pods = ["a", "b", "c"].map(|id| pod(id, "True", json!({})));
+        let weights = |entry: Value| -> Vec<f64> {
+            let replicas = entry["replicas"].as_array().unwrap();
+            replicas
+                .iter()
+                .map(|r| r["weight"].as_f64().unwrap())
+                .collect()
+        };
+        let slow = [("b", 0.333), ("c", 0.0)];
+        assert_eq!(
+            weights(made_with(spec.clone(), &pods, &slow)),
+            [1.0, 0.35, 0.0]
+        );
+        let all = [("a", 0.0), ("b", 0.0), ("c", 0.0)];
+        assert_eq!(weights(made_with(spec, &pods, &all)), [1.0, 1.0, 1.0]);
     }
 
     #[test]

@@ -45,6 +45,8 @@ pub struct Outlook {
     pub objectives_met: Option<bool>,
     /// By uid.
     pub pods: BTreeMap<String, PodOutlook>,
+    /// Work that replicas unlike the rest bear, in that of an ordinary one, by uid.
+    pub weights: BTreeMap<String, f64>,
 }
 
 /// What the loop knows about a pod.
@@ -125,6 +127,13 @@ impl Board {
         let entries = self.lock();
         let entry = entries.get(key);
         entry.map(|e| e.outlook.clone()).unwrap_or_default()
+    }
+
+    /// How much of the work each replica is to get, where that differs from the rest.
+    pub fn weights(&self, key: &Key) -> BTreeMap<String, f64> {
+        let entries = self.lock();
+        let entry = entries.get(key);
+        entry.map(|e| e.outlook.weights.clone()).unwrap_or_default()
     }
 
     /// Replicas asked for and the Deployment's state; `None` before the first reconcile.

@@ -9,7 +9,7 @@ mod settle;
 mod step;
 mod worker;
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -44,8 +44,9 @@ pub async fn run(stores: Stores, board: Arc<Board>, tools: Arc<Tools>) {
         while ticks.try_join_next().is_some() {}
         let services = stores.services();
         metrics::gauge!("stoker_operator_services").set(services.len() as f64);
-        let alive = |uid: &String| services.iter().any(|s| s.uid().as_ref() == Some(uid));
-        workers.retain(|uid, (key, _)| alive(uid) || board.forget(key, uid));
+        let alive: HashSet<String> = services.iter().filter_map(|s| s.uid()).collect();
+        workers.retain(|uid, (key, _)| alive.contains(uid) || board.forget(key, uid));
+        let mut pods = stores.pods();
         for service in services {
             let (Some(uid), Some(key)) = (service.uid(), Key::of(&*service)) else {
                 continue;
@@ -62,7 +63,7 @@ pub async fn run(stores: Stores, board: Arc<Board>, tools: Arc<Tools>) {
             };
             let (board, tools) = (Arc::clone(&board), Arc::clone(&tools));
             let permits = Arc::clone(&permits);
-            let pods = stores.pods_of(&key);
+            let pods = pods.remove(&key).unwrap_or_default();
             let span = tracing::info_span!("scale", namespace = key.namespace, name = key.name);
             let tick = async move {
                 let _permit = permits.acquire().await;

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use stoker_autoscaler::{Reason, ReasonCode};
+use stoker_autoscaler::{Decision, Reason, ReasonCode};
 use tokio::time::Instant;
 
 /// A replica that the kubelet calls ready but that hasn't answered for so long is silent.
@@ -83,8 +83,30 @@ impl ShownReason {
     }
 }
 
+/// Why there are to be fewer replicas, for as long as there are more: each is on trial before it
+/// goes, and what is decided meanwhile explains less.
+#[derive(Clone, Debug, Default)]
+pub struct Lowering(Option<Reason>);
+
+impl Lowering {
+    /// The reason to tell of a decision where `desired` replicas are asked for now.
+    pub fn reason(&mut self, decision: &Decision, desired: u32) -> Reason {
+        let code = decision.reason.code;
+        if decision.replicas >= desired {
+            self.0 = None;
+        } else if matches!(code, ReasonCode::ScaleDown | ReasonCode::ScaledToZero) {
+            self.0 = Some(decision.reason.clone());
+        }
+        self.0.clone().unwrap_or_else(|| decision.reason.clone())
+    }
+}
+
 #[cfg(test)]
 mod tests {
+    use std::collections::BTreeMap;
+
+    use stoker_autoscaler::Dials;
+
     use super::*;
 
     fn reason(code: ReasonCode, message: &str) -> Reason {
@@ -125,6 +147,34 @@ mod tests {
         assert_eq!(update(NoData, "f", 30).unwrap().code, DialsMoved);
         assert_eq!(update(NoData, "f", 40).unwrap().code, NoData);
         assert_eq!(update(Steady, "g", 42).unwrap().code, Steady);
+    }
+
+    #[test]
+    fn a_replica_on_trial_goes_for_the_reason_of_the_decision() {
+        let decision = |replicas, code| Decision {
+            replicas,
+            dials: Dials {
+                max_num_seqs: 8,
+                max_num_batched_tokens: 512,
+            },
+            overrides: BTreeMap::new(),
+            weights: BTreeMap::new(),
+            reason: reason(code, ""),
+            load: None,
+            outlook: None,
+        };
+        use ReasonCode::{ScaleDown, ScaleUp, Stabilizing, Steady};
+        let mut lowering = Lowering::default();
+        let mut told =
+            |replicas, code, desired| lowering.reason(&decision(replicas, code), desired).code;
+        assert_eq!(told(3, Steady, 3), Steady);
+        assert_eq!(told(1, ScaleDown, 3), ScaleDown);
+        assert_eq!(told(1, Stabilizing, 3), ScaleDown);
+        assert_eq!(told(1, Steady, 2), ScaleDown);
+        assert_eq!(told(1, Steady, 1), Steady);
+        assert_eq!(told(1, ScaleDown, 2), ScaleDown);
+        assert_eq!(told(4, ScaleUp, 2), ScaleUp, "it was needed after all");
+        assert_eq!(told(4, Steady, 4), Steady);
     }
 
     #[test]

@@ -17,7 +17,7 @@ use tracing::{debug, info, warn};
 
 use super::board::{Outlook, PodOutlook, bounds};
 use super::observe::{self, is_ready, is_running};
-use super::settle::{Debounced, SILENCE, ShownReason};
+use super::settle::{Debounced, Lowering, SILENCE, ShownReason};
 use super::step::{self, Standing, Step};
 use super::{Fleet, Key};
 use crate::actuate::{Candidate, DeletionCost, Pushed, Pusher, WireObjectives};
@@ -42,6 +42,7 @@ pub struct Worker {
     memory: Option<Memory>,
     pods: HashMap<String, PodMemory>,
     reason: ShownReason,
+    lowering: Lowering,
     objectives_met: Debounced<Option<bool>>,
 }
 
@@ -117,7 +118,7 @@ impl Worker {
         if next != desired {
             info!(from = desired, to = next, reason = ?decision.reason.code, "replicas");
         }
-        let mut outlook = self.outlook(&seen, &decision, objectives.good_percent);
+        let mut outlook = self.outlook(&seen, &decision, desired, objectives.good_percent);
         if recommends {
             recommend(&mut outlook, &decision, &seen);
         }
@@ -313,20 +314,22 @@ impl Worker {
         standing
     }
 
-    fn outlook(&mut self, seen: &[Seen], decision: &Decision, goal: f64) -> Outlook {
+    fn outlook(&mut self, seen: &[Seen], decision: &Decision, desired: u32, goal: f64) -> Outlook {
         let now = Instant::now();
         let good = decision.load.and_then(|load| load.good_percent);
         let met = good.map(|percent| percent >= goal);
         let ceiling = seen.iter().filter_map(Seen::sample).map(|s| s.ceilings);
+        let reason = self.lowering.reason(decision, desired);
         let law = seen.iter().filter_map(Seen::sample);
         let law = law.max_by(|a, b| a.law_confidence.total_cmp(&b.law_confidence));
         Outlook {
             dials: Some(ceiling.fold(decision.dials, within)),
             load: decision.load,
             law: law.map(|sample| (sample.law, sample.law_confidence)),
-            reason: self.reason.update(decision.reason.clone(), now),
+            reason: self.reason.update(reason, now),
             objectives_met: self.objectives_met.update(met, now),
             pods: seen.iter().map(|pod| self.pod_outlook(pod, now)).collect(),
+            weights: decision.weights.clone(),
         }
     }
 
@@ -381,8 +384,9 @@ fn recommend(outlook: &mut Outlook, decision: &Decision, seen: &[Seen]) {
         max_num_seqs,
         max_num_batched_tokens,
     } = decision.dials;
-    let in_force = seen.iter().filter_map(Seen::sample).map(|s| s.dials);
-    outlook.dials = in_force.last();
+    outlook.weights.clear();
+    let mut in_force = seen.iter().filter_map(Seen::sample).map(|s| s.dials);
+    outlook.dials = in_force.next_back();
     if let Some(reason) = &mut outlook.reason {
         reason.message = format!(
             "Recommended: {} replicas, cap {max_num_seqs}, budget {max_num_batched_tokens}. {}",

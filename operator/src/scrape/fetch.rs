@@ -4,6 +4,7 @@ use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
 
 use super::{Exposition, Reading};
+use crate::http::{self, PodError};
 
 /// A replica that hasn't answered by then counts as silent for this tick.
 const DEADLINE: Duration = Duration::from_secs(1);
@@ -12,28 +13,12 @@ const MAX_BODY_BYTES: usize = 1 << 20;
 
 #[derive(Debug, thiserror::Error)]
 pub enum FetchError {
-    #[error("no answer: {0}")]
-    Transport(String),
-    #[error("the metrics answered with status {0}")]
-    Status(u16),
+    #[error(transparent)]
+    Pod(#[from] PodError),
     #[error("the metrics are longer than {MAX_BODY_BYTES} bytes")]
     TooLarge,
     #[error("the metrics are no UTF-8 text")]
     NotText,
-}
-
-impl FetchError {
-    /// The innermost cause: `error sending request for url (…)` alone says nothing.
-    pub(crate) fn transport(error: &reqwest::Error) -> Self {
-        let mut cause: &dyn std::error::Error = error;
-        while let Some(inner) = cause.source() {
-            cause = inner;
-        }
-        FetchError::Transport(match error.is_timeout() {
-            true => format!("timed out after {} ms", DEADLINE.as_millis()),
-            false => cause.to_string(),
-        })
-    }
 }
 
 /// Fetches the scaling series of replicas.
@@ -46,25 +31,16 @@ pub struct Fetcher {
 impl Fetcher {
     /// `port`: of the replica's public HTTP listener.
     pub fn new(port: u16) -> Result<Self, reqwest::Error> {
-        let http = reqwest::Client::builder()
-            .timeout(DEADLINE)
-            // Pods are reached by address: a proxy meant for the outside must not get in between.
-            .no_proxy()
-            .redirect(reqwest::redirect::Policy::none())
-            .build()?;
+        let http = http::client(DEADLINE).timeout(DEADLINE).build()?;
         Ok(Fetcher { http, port })
     }
 
     pub async fn fetch(&self, address: IpAddr) -> Result<Reading, FetchError> {
         let at = SocketAddr::new(address, self.port);
         let url = format!("http://{at}/metrics?include=scaling");
-        let transport = |error: reqwest::Error| FetchError::transport(&error);
-        let mut response = self.http.get(url).send().await.map_err(transport)?;
-        if !response.status().is_success() {
-            return Err(FetchError::Status(response.status().as_u16()));
-        }
+        let mut response = http::accepted(self.http.get(url).send().await).await?;
         let mut body = Vec::new();
-        while let Some(chunk) = response.chunk().await.map_err(transport)? {
+        while let Some(chunk) = response.chunk().await.map_err(PodError::from)? {
             if body.len() + chunk.len() > MAX_BODY_BYTES {
                 return Err(FetchError::TooLarge);
             }
@@ -114,7 +90,10 @@ mod tests {
     #[tokio::test]
     async fn says_what_went_wrong() {
         let refuse = Router::new();
-        assert!(matches!(fetch(refuse).await, Err(FetchError::Status(404))));
+        assert!(matches!(
+            fetch(refuse).await,
+            Err(FetchError::Pod(PodError::Refused { status: 404, .. }))
+        ));
         let huge = Router::new().route("/metrics", get(|| async { "x".repeat(2 << 20) }));
         assert!(matches!(fetch(huge).await, Err(FetchError::TooLarge)));
         let binary = Router::new().route("/metrics", get(|| async { vec![0xff_u8, 0xfe] }));

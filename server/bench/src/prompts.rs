@@ -90,8 +90,21 @@ pub struct Prompts {
 
 impl Prompts {
     pub fn get(&self, number: u64) -> Prompt {
-        let mut rng = StdRng::seed_from_u64(self.seed ^ number.wrapping_mul(0x9E37_79B9_7F4A_7C15));
+        let mut rng = self.rng(number);
         let kind = self.mix.draw(&mut rng);
+        self.made(kind, rng)
+    }
+
+    /// A prompt of this kind instead of one of the mix.
+    pub fn of(&self, kind: Kind, number: u64) -> Prompt {
+        self.made(kind, self.rng(number))
+    }
+
+    fn rng(&self, number: u64) -> StdRng {
+        StdRng::seed_from_u64(self.seed ^ number.wrapping_mul(0x9E37_79B9_7F4A_7C15))
+    }
+
+    fn made(&self, kind: Kind, mut rng: StdRng) -> Prompt {
         Prompt {
             ids: (0..kind.prompt_tokens)
                 .map(|_| rng.random_range(self.token_ids.clone()))

@@ -59,13 +59,16 @@ enum Command {
         streams: usize,
         pid: u32,
     },
-    /// The latency of key "calm" without and with key "flood" sending `flood` requests/s.
+    /// The latency of key "calm" while key "flood" keeps its limit and while it sends `times` as much.
     Fairness {
         address: String,
         #[arg(long, default_value_t = 4.0)]
         calm: f64,
+        /// Requests a second that "flood" may send.
+        #[arg(long, default_value_t = 1.0)]
+        limit: f64,
         #[arg(long, default_value_t = 50.0)]
-        flood: f64,
+        times: f64,
         #[arg(long, default_value_t = 20)]
         seconds: u64,
     },
@@ -94,15 +97,20 @@ async fn main() -> anyhow::Result<()> {
         Command::Fairness {
             address,
             calm,
-            flood,
+            limit,
+            times,
             seconds,
         } => {
-            let (alone, _) = paced(address.clone(), "calm", calm, seconds).await?;
-            let flood = tokio::spawn(paced(address.clone(), "flood", flood, seconds));
-            let (beside, _) = paced(address, "calm", calm, seconds).await?;
-            let (_, refused) = flood.await??;
-            json!({"p95_alone_ms": alone, "p95_beside_flood_ms": beside,
-                   "ratio": beside / alone, "flood_refused": refused})
+            let beside = async |rate| {
+                let flood = tokio::spawn(paced(address.clone(), "flood", rate, seconds));
+                let (p95, _) = paced(address.clone(), "calm", calm, seconds).await?;
+                let (_, refused) = flood.await??;
+                anyhow::Ok((p95, refused))
+            };
+            let (kept, _) = beside(limit).await?;
+            let (flooded, refused) = beside(limit * times).await?;
+            json!({"p95_beside_limit_ms": kept, "p95_beside_flood_ms": flooded,
+                   "ratio": flooded / kept, "flood_refused": refused})
         }
     };
     println!("{result}");

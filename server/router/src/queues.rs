@@ -51,7 +51,7 @@ pub struct ReplicaLoad {
     pub outstanding_requests: u32,
     pub outstanding_tokens: i64,
     pub ejected: bool,
-    pub weight: u32,
+    pub weight: f64,
 }
 
 /// A service without a replica has its first request.

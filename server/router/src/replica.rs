@@ -59,7 +59,8 @@ pub struct Replica {
     pub pool: Pool,
     /// Tells requests without a first byte that they wait in vain.
     pub unresponsive: Notify,
-    weight: AtomicU32,
+    /// As bits.
+    weight: AtomicU64,
     table_cap: AtomicU32,
     reported_cap: AtomicU32,
     in_flight: AtomicU32,
@@ -83,7 +84,7 @@ impl Replica {
             slot: NEXT_SLOT.fetch_add(1, Relaxed),
             pool: Pool::new(entry.address),
             unresponsive: Notify::new(),
-            weight: AtomicU32::new(entry.weight),
+            weight: AtomicU64::new(entry.weight.to_bits()),
             table_cap: AtomicU32::new(entry.max_num_seqs),
             reported_cap: AtomicU32::new(0),
             in_flight: AtomicU32::new(0),
@@ -100,7 +101,7 @@ impl Replica {
     }
 
     pub fn update(&self, entry: &ReplicaEntry) {
-        self.weight.store(entry.weight, Relaxed);
+        self.weight.store(entry.weight.to_bits(), Relaxed);
         self.table_cap.store(entry.max_num_seqs, Relaxed);
         if entry.ready && self.is_starting() {
             self.restore();
@@ -131,8 +132,8 @@ impl Replica {
     }
 
     #[must_use]
-    pub fn weight(&self) -> u32 {
-        self.weight.load(Relaxed)
+    pub fn weight(&self) -> f64 {
+        f64::from_bits(self.weight.load(Relaxed))
     }
 
     #[must_use]
@@ -149,7 +150,7 @@ impl Replica {
     /// In the rotation and healthy; perhaps without room.
     #[must_use]
     pub fn is_usable(&self) -> bool {
-        self.weight() > 0 && !self.is_ejected() && !self.is_removed()
+        self.weight() > 0.0 && !self.is_ejected() && !self.is_removed()
     }
 
     /// Requests that it may have: its cap and a short buffer, so that it needn't idle between
@@ -183,7 +184,7 @@ impl Replica {
             own_tokens: self.tokens().max(0) as f64,
             others_tokens: if fresh { f64::from(others_tokens) } else { 0.0 },
             cached_tokens: 0.0,
-            weight: f64::from(self.weight()),
+            weight: self.weight(),
             tried: false,
         })
     }

@@ -53,9 +53,10 @@ pub struct ReplicaEntry {
     pub id: String,
     /// `address:port` of the replica's public port.
     pub address: SocketAddr,
-    /// Share of the load; 0 gets no new work and finishes what it has.
-    #[serde(default = "one")]
-    pub weight: u32,
+    /// Work that it bears, in that of an ordinary replica; 0 gets no new work and finishes what it
+    /// has.
+    #[serde(default = "ordinary")]
+    pub weight: f64,
     /// False for one that is still starting: it gets work as soon as it says itself that it is ready.
     #[serde(default = "yes")]
     pub ready: bool,
@@ -187,7 +188,8 @@ impl ServiceEntry {
                 self.max_queue_wait_seconds.unwrap_or(0.0),
             ),
         ];
-        for (field, value) in numbers {
+        let weights = self.replicas.iter().map(|r| ("replicas.weight", r.weight));
+        for (field, value) in numbers.into_iter().chain(weights) {
             if !value.is_finite() || value < 0.0 {
                 return Err(TableError::BadNumber {
                     service,
@@ -252,6 +254,10 @@ fn one() -> u32 {
     1
 }
 
+fn ordinary() -> f64 {
+    1.0
+}
+
 fn yes() -> bool {
     true
 }
@@ -284,7 +290,7 @@ mod tests {
         );
         table.check().unwrap();
         let service = &table.services[0];
-        assert_eq!((service.replicas[0].weight, table.routers), (1, 1));
+        assert_eq!((service.replicas[0].weight, table.routers), (1.0, 1));
         assert!(service.api_keys.is_none());
         assert!((service.objectives.ttft_seconds(3000.0) - 4.0).abs() < 1e-9);
         assert!((service.objectives.ttft_seconds(10.0) - 2.0).abs() < 1e-9);

@@ -42,6 +42,11 @@ async fn routing_sleeps_at_zero_and_wakes() -> Result<()> {
     let manifest = std::fs::read_to_string(repository("examples/smollm2-cpu.yaml"))?;
     let volumes: Api<PersistentVolume> = Api::all(cluster.client.clone());
     let _ = volumes.delete("e2e-sleep", &DeleteParams::default()).await;
+    eventually("an earlier run's volume is gone", 60, || async {
+        let volume = volumes.get_opt("e2e-sleep").await?;
+        Ok(volume.is_none().then_some(()))
+    })
+    .await?;
     let manifest = manifest
         .replace("stoker-models", "e2e-sleep")
         .replace("minReplicas: 1", "minReplicas: 0\n    idleSeconds: 10");
@@ -60,7 +65,8 @@ async fn routing_sleeps_at_zero_and_wakes() -> Result<()> {
 
     // One stream, timed to its first token.
     let url = format!("{}/v1/completions", service.url().await?);
-    let client = reqwest::Client::new();
+    let limit = Duration::from_secs(60);
+    let client = reqwest::Client::builder().timeout(limit).build()?;
     let body =
         json!({"model": "smollm2", "prompt": "Once upon a time", "max_tokens": 8, "stream": true});
     let asked = Instant::now();

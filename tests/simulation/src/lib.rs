@@ -29,4 +29,4 @@ pub use fleet::{Action, Fault, Outcome, Policy, Routing, Setup, Starts, View, si
 pub use flight::Goals;
 pub use replica::{Backend, Device};
 pub use score::Score;
-pub use trace::{Mix, Shape, Trace};
+pub use trace::{Mix, Shape, Trace, Unseen};

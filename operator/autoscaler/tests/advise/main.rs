@@ -1,5 +1,7 @@
 //! `stoker-advise` as its caller sees it: lines in, lines out.
 
+#![allow(clippy::unwrap_used, clippy::expect_used)]
+
 use std::io::Write;
 use std::process::{Command, Output, Stdio};
 

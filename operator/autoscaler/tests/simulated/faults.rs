@@ -10,10 +10,10 @@ const CHAT: Lengths = Lengths {
     random: true,
 };
 
-/// A fleet that has settled under 3.5 requests a second.
+/// A fleet that has settled under 4.5 requests a second.
 fn settled(stabilization: f64) -> Fleet {
     let mut fleet = Fleet::on_t4(8, stabilization, CHAT);
-    fleet.run(240.0, |_| Clients::Open(3.5));
+    fleet.run(240.0, |_| Clients::Open(4.5));
     assert!(fleet.last().ready >= 3, "{:?}", fleet.last());
     fleet
 }
@@ -75,7 +75,7 @@ fn a_server_that_restarts_is_neither_negative_nor_endless_demand() {
     let from = fleet.history.len();
     for _ in 0..4 {
         fleet.replicas[0].restart();
-        fleet.run(40.0, |_| Clients::Open(3.5));
+        fleet.run(40.0, |_| Clients::Open(4.5));
     }
     for moment in &fleet.history[from..] {
         let load = moment.decision.load.unwrap();
@@ -98,7 +98,7 @@ fn an_operator_that_restarts_every_minute_decides_the_same() {
             } else {
                 Memory::seeded(fleet.desired, Some(dials), fleet.t)
             };
-            fleet.run(60.0, |_| Clients::Open(3.5));
+            fleet.run(60.0, |_| Clients::Open(4.5));
         }
         for moment in &fleet.history[from..] {
             let (now, was) = (moment.decision.dials, dials);
@@ -121,7 +121,7 @@ fn a_slow_replica_gets_dials_of_its_own() {
     let slow = fleet.law.slowed(2.0);
     fleet.replicas[0].law = slow;
     fleet.replicas[0].told_law = slow;
-    fleet.run(60.0, |_| Clients::Open(3.5));
+    fleet.run(60.0, |_| Clients::Open(4.5));
     let decision = fleet.last().decision.clone();
     let own = decision.overrides.get("pod-1").unwrap();
     assert!(

@@ -12,11 +12,46 @@ use super::client::Answer;
 const WINDOW: Duration = Duration::from_secs(10);
 
 /// Limits of a good answer: `ttft:MS` (time to first token) and `tpot:MS` (mean time between the
-/// tokens after it), one or both, separated by a comma.
+/// tokens after it), one or both, separated by a comma. `ttft:MS+EACH/FREE` adds `EACH` ms for each
+/// prompt token above `FREE`.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Goodput {
-    ttft: Option<Duration>,
+    ttft: Option<Ttft>,
     tpot: Option<Duration>,
+}
+
+/// A limit of the time to first token that may depend on the prompt.
+#[derive(Clone, Copy, Debug, PartialEq)]
+struct Ttft {
+    base: Duration,
+    each: Duration,
+    free_tokens: u64,
+}
+
+impl Ttft {
+    fn of(&self, prompt_tokens: u64) -> Duration {
+        let tokens = prompt_tokens.saturating_sub(self.free_tokens);
+        self.base + self.each * u32::try_from(tokens).unwrap_or(u32::MAX)
+    }
+}
+
+impl FromStr for Ttft {
+    type Err = Error;
+
+    fn from_str(text: &str) -> Result<Self> {
+        let (base, each, free) = match text.split_once('+') {
+            Some((base, rest)) => {
+                let (each, free) = rest.split_once('/').context("no /")?;
+                (base, each, free)
+            }
+            None => (text, "0", "0"),
+        };
+        Ok(Ttft {
+            base: Duration::from_millis(base.parse()?),
+            each: Duration::from_millis(each.parse()?),
+            free_tokens: free.parse()?,
+        })
+    }
 }
 
 impl Goodput {
@@ -24,8 +59,9 @@ impl Goodput {
         let within = |limit: Option<Duration>, seen: Option<Duration>| {
             limit.is_none_or(|limit| seen.is_some_and(|seen| seen <= limit))
         };
+        let ttft = self.ttft.map(|limit| limit.of(answer.prompt_tokens));
         // A single token has no time between tokens.
-        within(self.ttft, answer.ttft) && (answer.tpot.is_none() || within(self.tpot, answer.tpot))
+        within(ttft, answer.ttft) && (answer.tpot.is_none() || within(self.tpot, answer.tpot))
     }
 }
 
@@ -36,14 +72,15 @@ impl FromStr for Goodput {
         let mut limits = Self::default();
         for part in text.split(',') {
             let advice = || format!("{part:?} is not a limit, such as ttft:2000 or tpot:100");
-            let (name, ms) = part.split_once(':').with_context(advice)?;
-            let ms: u64 = ms.parse().with_context(advice)?;
-            let limit = match name {
-                "ttft" => &mut limits.ttft,
-                "tpot" => &mut limits.tpot,
+            let (name, limit) = part.split_once(':').with_context(advice)?;
+            match name {
+                "ttft" => limits.ttft = Some(limit.parse().with_context(advice)?),
+                "tpot" => {
+                    let ms = limit.parse().with_context(advice)?;
+                    limits.tpot = Some(Duration::from_millis(ms));
+                }
                 _ => bail!(advice()),
-            };
-            *limit = Some(Duration::from_millis(ms));
+            }
         }
         Ok(limits)
     }
@@ -101,8 +138,29 @@ mod tests {
     }
 
     #[test]
+    fn a_long_prompt_may_take_longer() {
+        let limits: Goodput = "ttft:2000+1/1000".parse().unwrap();
+        let with = |ttft_ms, prompt_tokens| Answer {
+            prompt_tokens,
+            ..answer(ttft_ms, None)
+        };
+        assert!(limits.is_met_by(&with(2000, 10)));
+        assert!(!limits.is_met_by(&with(2001, 1000)));
+        assert!(limits.is_met_by(&with(2500, 1500)));
+        assert!(!limits.is_met_by(&with(2501, 1500)));
+    }
+
+    #[test]
     fn wrong_limits_are_told() {
-        for text in ["", "ttft", "ttft:x", "e2el:5", "ttft:5,"] {
+        for text in [
+            "",
+            "ttft",
+            "ttft:x",
+            "e2el:5",
+            "ttft:5,",
+            "ttft:5+1",
+            "tpot:5+1/2",
+        ] {
             assert!(text.parse::<Goodput>().is_err(), "{text:?}");
         }
     }

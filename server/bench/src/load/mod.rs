@@ -1,10 +1,11 @@
-//! Load over HTTP, in a closed loop.
+//! Load over HTTP: in a closed loop, or the requests of a log at their times.
 
 mod client;
 mod goodput;
 mod recorder;
 mod report;
 mod schedule;
+mod trace;
 
 use std::fs::File;
 use std::io::Write;
@@ -19,11 +20,12 @@ use clap::{ArgAction, Args};
 use tokio::sync::watch;
 use tokio::task::JoinSet;
 
-use crate::prompts::{Mix, Prompts, token_ids};
+use crate::prompts::{Mix, Prompt, Prompts, token_ids};
 use client::Target;
 use goodput::Goodput;
 use recorder::{Measured, Recorder};
 use schedule::{Ramp, Shape, duration_of};
+use trace::Arrival;
 
 pub use report::LoadReport;
 
@@ -52,6 +54,17 @@ pub struct LoadArgs {
     /// How concurrency goes within a stage of the ramp
     #[arg(long, value_enum, default_value = "step")]
     ramp_shape: Shape,
+    /// Requests of a log instead, each at its time, whatever became of those before: CSV with
+    /// TIMESTAMP, ContextTokens and GeneratedTokens
+    #[arg(long, conflicts_with_all = ["concurrency", "requests", "ramp", "prompt_tokens",
+          "max_tokens", "prompt_mix"])]
+    trace: Option<PathBuf>,
+    /// Part of the trace: FROM..TO, such as 600s..900s
+    #[arg(long, requires = "trace", value_parser = trace::window)]
+    trace_window: Option<std::ops::Range<Duration>>,
+    /// How many times as fast the trace passes
+    #[arg(long, requires = "trace", default_value_t = 1.0)]
+    trace_speed: f64,
     /// Tokens of each prompt
     #[arg(long, default_value_t = 32, value_parser = clap::value_parser!(u32).range(1..))]
     prompt_tokens: u32,
@@ -70,8 +83,9 @@ pub struct LoadArgs {
     #[arg(long, default_value_t = true, action = ArgAction::Set, value_name = "BOOL",
           default_missing_value = "true", num_args = 0..=1)]
     stream: bool,
-    /// Limits of a good answer in milliseconds, such as ttft:2000,tpot:100; the report and the
-    /// progress then tell the share of good ones
+    /// Limits of a good answer in milliseconds, such as ttft:2000,tpot:100; ttft:2000+1/1000 adds
+    /// 1 ms for each prompt token above 1000. The report and the progress then tell the share of
+    /// good ones
     #[arg(long)]
     goodput: Option<Goodput>,
     /// Time for a whole answer
@@ -148,7 +162,13 @@ async fn load(args: LoadArgs) -> Result<bool> {
         },
     };
     let mut runs = Vec::new();
-    if let Some(ramp) = &args.ramp {
+    if let Some(path) = &args.trace {
+        let whole = Duration::ZERO..Duration::MAX;
+        let window = args.trace_window.as_ref().unwrap_or(&whole);
+        let arrivals = trace::read(path, window, args.trace_speed)?;
+        let (most, measured) = bench.replay(arrivals).await?;
+        runs.push(report::LoadRun::new(most, measured));
+    } else if let Some(ramp) = &args.ramp {
         let plan = Plan::Ramp(ramp.clone(), args.ramp_shape);
         runs.push(report::LoadRun::new(ramp.most(), bench.run(plan).await?));
     } else {
@@ -261,6 +281,38 @@ impl Bench {
         Ok(recorder.finish())
     }
 
+    /// Sends each request when it is due. Also gives how many were under way at most.
+    async fn replay(&mut self, arrivals: Vec<Arrival>) -> Result<(u32, Measured)> {
+        let recorder = Arc::new(Recorder::new(self.goodput.clone()));
+        // Requests share connections that are idle, like those of one application.
+        let client = self.target.client()?;
+        let mut requests = JoinSet::new();
+        let mut due = arrivals.into_iter().peekable();
+        let mut tick = tokio::time::interval(Duration::from_secs(1));
+        let start = tokio::time::Instant::now();
+        let mut most = 0;
+        while due.peek().is_some() || !requests.is_empty() {
+            let next = due.peek().map(|arrival| start + arrival.at);
+            tokio::select! {
+                () = tokio::time::sleep_until(next.unwrap_or(start)), if next.is_some() => {
+                    let Some(arrival) = due.next() else { continue };
+                    let number = self.numbers.fetch_add(1, Ordering::Relaxed);
+                    let prompt = self.prompts.of(arrival.kind, number);
+                    let (target, client) = (self.target.clone(), client.clone());
+                    let recorder = recorder.clone();
+                    requests.spawn(async move {
+                        request(&target, &client, &prompt, &recorder).await;
+                    });
+                    most = most.max(requests.len());
+                }
+                Some(ended) = requests.join_next() => ended?,
+                _ = tick.tick() => self.report_progress(&recorder, requests.len() as u32)?,
+            }
+        }
+        self.report_progress(&recorder, 0)?;
+        Ok((most as u32, recorder.finish()))
+    }
+
     fn report_progress(&mut self, recorder: &Recorder, concurrency: u32) -> Result<()> {
         if let Some(file) = &mut self.progress {
             let line = serde_json::to_string(&recorder.progress(concurrency))?;
@@ -283,7 +335,11 @@ impl User {
             if taken.is_err() {
                 return Ok(());
             }
-            self.request(&client).await;
+            let number = self.numbers.fetch_add(1, Ordering::Relaxed);
+            let prompt = self.prompts.get(number);
+            if let Some(pause) = request(&self.target, &client, &prompt, &self.recorder).await {
+                tokio::time::sleep(pause.min(LONGEST_PAUSE)).await;
+            }
         }
     }
 
@@ -296,20 +352,26 @@ impl User {
             .await;
         active.is_ok_and(|active| active.is_some())
     }
+}
 
-    async fn request(&self, client: &reqwest::Client) {
-        let prompt = self
-            .prompts
-            .get(self.numbers.fetch_add(1, Ordering::Relaxed));
-        self.recorder.sent();
-        let sent = Instant::now();
-        match self.target.send(client, &prompt, &*self.recorder).await {
-            Ok(answer) => self.recorder.answered(&answer, sent.elapsed()),
-            Err(failure) => {
-                let pause = failure.retry_after.unwrap_or(FAILURE_PAUSE);
-                self.recorder.failed(failure);
-                tokio::time::sleep(pause.min(LONGEST_PAUSE)).await;
-            }
+/// Sends a request and counts what became of it. Gives the pause that a failure asks for.
+async fn request(
+    target: &Target,
+    client: &reqwest::Client,
+    prompt: &Prompt,
+    recorder: &Recorder,
+) -> Option<Duration> {
+    recorder.sent();
+    let sent = Instant::now();
+    match target.send(client, prompt, recorder).await {
+        Ok(answer) => {
+            recorder.answered(&answer, sent.elapsed());
+            None
+        }
+        Err(failure) => {
+            let pause = failure.retry_after.unwrap_or(FAILURE_PAUSE);
+            recorder.failed(failure);
+            Some(pause)
         }
     }
 }

@@ -184,7 +184,7 @@ fn main() -> Result<(), Error> {
         return checkpoint::write(&llama_3b(), Path::new(folder));
     }
     let json = match arguments.iter().position(|a| a == "--json") {
-        Some(at) if at + 1 < arguments.len() => Some(arguments.drain(at..at + 2).last()),
+        Some(at) if at + 1 < arguments.len() => Some(arguments.drain(at..at + 2).next_back()),
         _ => None,
     };
     let wants = |what: &str| match arguments.is_empty() {

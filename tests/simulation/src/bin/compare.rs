@@ -9,7 +9,9 @@ use clap::Parser;
 use stoker_simulation::policy::{Peer, Stoker};
 use stoker_simulation::report::{self, Row};
 use stoker_simulation::tuning::{self, Setting};
-use stoker_simulation::{Backend, Device, Mix, Setup, Shape, Starts, Trace, oracle, simulate};
+use stoker_simulation::{
+    Backend, Device, Mix, Setup, Shape, Starts, Trace, Unseen, oracle, simulate,
+};
 
 #[derive(Parser)]
 #[command(about = "Ours beside its peers and an oracle on a trace")]
@@ -18,7 +20,7 @@ struct Args {
     #[arg(long)]
     trace: PathBuf,
     /// Instead of the trace itself, load of this shape from its mix: steady, step, spike, ramp,
-    /// diurnal, sawtooth, onoff, mixshift.
+    /// diurnal, sawtooth, onoff, swing, mixshift; or code-completion, long-chat, up-and-down.
     #[arg(long)]
     shape: Option<String>,
     /// Highest rate of that shape, requests a second.
@@ -49,6 +51,12 @@ struct Args {
     /// Only ours and the oracle.
     #[arg(long)]
     no_peers: bool,
+    /// Ours built up part by part, too.
+    #[arg(long)]
+    ablations: bool,
+    /// engine, or surrogate: some fifteen times faster.
+    #[arg(long, default_value = "engine")]
+    backend: String,
     #[arg(long, default_value_t = 1)]
     seed: u64,
     #[arg(long, default_value_t = 2)]
@@ -72,6 +80,11 @@ fn main() -> Result<()> {
     };
     let setup = Setup {
         device,
+        backend: match args.backend.as_str() {
+            "engine" => Backend::Engine,
+            "surrogate" => Backend::Surrogate,
+            other => bail!("--backend {other:?}: choose engine or surrogate"),
+        },
         starts: Starts {
             warm_nodes: args.warm_nodes,
             warm_seconds: args.warm_seconds,
@@ -106,6 +119,19 @@ fn main() -> Result<()> {
     let place = rows.len();
     rows.push(ours);
     let mut drawn = vec![place];
+    if args.ablations {
+        // The last one is the whole.
+        let mut parts = Stoker::ablations(&setup);
+        parts.pop();
+        for (what, setup, mut policy) in parts {
+            let setup = setup.with_replicas(oracle::first_fleet(&setup, &trace));
+            rows.push(Row {
+                name: "stoker in part".into(),
+                setting: what.into(),
+                outcome: simulate(&setup, &trace, &mut policy),
+            });
+        }
+    }
     if !args.no_peers {
         let peers = if args.tune {
             tuned(&args, &setup, &trace, budget)
@@ -166,12 +192,20 @@ fn load(args: &Args) -> Result<Trace> {
     let trace = match &args.shape {
         None => recorded,
         Some(name) => {
-            let Some(shape) = Shape::by_name(name) else {
-                let names = Shape::ALL.map(Shape::name).join(", ");
-                bail!("--shape {name:?}: choose one of {names}");
-            };
-            let peak = args.peak.unwrap_or(shape.study_peak());
-            shape.generate(peak, &Mix::of(&recorded), args.seed)
+            let mix = Mix::of(&recorded);
+            let unseen = Unseen::ALL.into_iter().find(|kind| kind.name() == name);
+            match (Shape::by_name(name), unseen) {
+                (Some(shape), _) => {
+                    let peak = args.peak.unwrap_or(shape.study_peak());
+                    shape.generate(peak, &mix, args.seed)
+                }
+                (None, Some(unseen)) => unseen.generate(&mix, args.seed),
+                (None, None) => {
+                    let names = Shape::ALL.map(Shape::name).join(", ");
+                    let unseen = Unseen::ALL.map(Unseen::name).join(", ");
+                    bail!("--shape {name:?}: choose one of {names}, {unseen}");
+                }
+            }
         }
     };
     let trace = if args.thicken > 1 {

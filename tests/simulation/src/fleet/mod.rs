@@ -7,7 +7,7 @@ mod view;
 
 pub use faults::Fault;
 pub use run::{Outcome, Point, simulate};
-pub(crate) use view::number;
+pub(crate) use view::{EPOCH, number};
 pub use view::{Gauge, ReplicaView, View};
 
 use stoker_autoscaler::{Dials, Phase};
@@ -37,7 +37,7 @@ impl Default for Starts {
 
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Routing {
-    /// To the ready replica with the fewest requests.
+    /// To the ready replica with the fewest requests for its weight.
     LeastOutstanding,
     /// A plain Service: so many connections, each to a replica taken at random when it was opened,
     /// opened anew after `max_age` seconds or when its replica goes; requests take any of them.
@@ -120,6 +120,8 @@ pub struct Action {
     pub dials: Dials,
     /// Dials of single replicas, by number.
     pub overrides: Vec<(u32, Dials)>,
+    /// Requests that single replicas are to have in flight, in those of an ordinary one.
+    pub weights: Vec<(u32, f64)>,
 }
 
 /// Decides over a fleet.

@@ -21,6 +21,8 @@ pub(super) struct Pod {
     tally: Tally,
     nonsense: bool,
     pub outstanding: u32,
+    /// Of an ordinary replica's requests; 0 for none while another is ready.
+    pub weight: f64,
     /// Gauges of the last seconds, where they may be told late.
     past: Vec<Gauge>,
 }
@@ -37,6 +39,11 @@ impl Pod {
             (None, Phase::Starting) => self.ready_at,
             _ => f64::INFINITY,
         }
+    }
+
+    /// Requests for its weight, had it one more.
+    pub fn load(&self) -> f64 {
+        f64::from(self.outstanding + 1) / self.weight.max(f64::MIN_POSITIVE)
     }
 
     /// Takes a request in; false where its engine refuses it.
@@ -195,6 +202,7 @@ impl Pods {
             tally: Tally::default(),
             nonsense: setup.faults.nonsense(nth),
             outstanding: 0,
+            weight: 1.0,
             past: Vec::new(),
         };
         schedule(&mut pod, &mut self.warm, setup, now);

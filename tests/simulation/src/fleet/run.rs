@@ -5,7 +5,7 @@ use std::collections::VecDeque;
 use stoker_autoscaler::{Dials, Phase};
 
 use super::faults::{Fault, Faults};
-use super::pods::{Pods, untouched};
+use super::pods::{Pod, Pods, untouched};
 use super::view::View;
 use super::{Action, Policy, Routing, Setup, TAIL};
 use crate::flight::{Ledger, State};
@@ -27,6 +27,7 @@ pub struct Point {
     pub dials: Dials,
     pub running: u32,
     pub waiting: u32,
+    /// Of the last change since the point before, or else of the moment.
     pub reason: Option<String>,
 }
 
@@ -87,6 +88,8 @@ struct Fleet<'a> {
     reversals: u32,
     /// Whether the last change was upwards.
     direction: Option<bool>,
+    /// Why the last change was made, until it is noted.
+    changed: Option<String>,
 }
 
 impl<'a> Fleet<'a> {
@@ -113,6 +116,7 @@ impl<'a> Fleet<'a> {
             changes: 0,
             reversals: 0,
             direction: None,
+            changed: None,
         };
         fleet.refresh();
         fleet
@@ -264,7 +268,10 @@ impl<'a> Fleet<'a> {
         (self.turn..n)
             .chain(0..self.turn)
             .filter(|&place| pods.get(place).is_some_and(|pod| pod.ready()))
-            .min_by_key(|&place| pods.get(place).map_or(u32::MAX, |pod| pod.outstanding))
+            .min_by(|&a, &b| {
+                let load = |place: usize| pods.get(place).map_or(f64::INFINITY, Pod::load);
+                load(a).total_cmp(&load(b))
+            })
     }
 
     fn connection(&mut self, connections: u32, max_age: f64) -> Option<usize> {
@@ -396,11 +403,17 @@ impl<'a> Fleet<'a> {
             replicas,
             dials,
             overrides,
+            weights,
         } = policy.decide(&view);
+        if dials != self.dials {
+            self.changed = policy.reason();
+        }
         self.dials = dials;
         for pod in &mut self.pods.list {
             let own = overrides.iter().find(|(id, _)| *id == pod.id);
             pod.set_dials(own.map_or(dials, |(_, dials)| *dials));
+            let weight = weights.iter().find(|(id, _)| *id == pod.id);
+            pod.weight = weight.map_or(1.0, |(_, weight)| *weight);
         }
         let (min, max) = (self.setup.min_replicas, self.setup.max_replicas);
         let mut replicas = replicas.clamp(min, max);
@@ -413,6 +426,7 @@ impl<'a> Fleet<'a> {
             self.reversals += u32::from(self.direction.is_some_and(|before| before != upwards));
             self.direction = Some(upwards);
             self.desired = replicas;
+            self.changed = policy.reason();
             self.pods.scale(replicas, self.setup, dials, self.now);
         }
         self.refresh();
@@ -436,7 +450,7 @@ impl<'a> Fleet<'a> {
             dials: self.dials,
             running,
             waiting,
-            reason: policy.reason(),
+            reason: self.changed.take().or_else(|| policy.reason()),
         });
     }
 }

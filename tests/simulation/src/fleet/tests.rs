@@ -168,45 +168,6 @@ fn without_nodes_only_warm_ones_serve() {
 }
 
 #[test]
-fn ours_bears_faults() {
-    let all = 0.0..1e9;
-    let faults = [
-        vec![Fault::ScrapesLost {
-            share: 0.5,
-            during: all.clone(),
-        }],
-        vec![Fault::ScrapesLate {
-            seconds: 30.0,
-            during: all.clone(),
-        }],
-        vec![Fault::Slow {
-            nth: 1,
-            factor: 3.0,
-        }],
-        vec![Fault::Restarts { every: 60.0 }],
-        vec![Fault::NoNodes { during: all }],
-        vec![Fault::WritesRefused {
-            during: 100.0..220.0,
-        }],
-        vec![Fault::CountersReset { at: 300.0 }],
-        vec![Fault::Nonsense { nth: 0 }],
-    ];
-    let trace = steady(2.5, 900.0);
-    for faults in faults {
-        let setup = Setup {
-            faults: faults.clone(),
-            ..fast().with_replicas(3)
-        };
-        let outcome = simulate(&setup, &trace, &mut Stoker::new(&setup));
-        let score = outcome.score;
-        // Never below what the load needs (whoever is below misses more), no flapping.
-        println!("{faults:?}: {score:?}");
-        assert!(score.good > 90.0, "{faults:?}: {score:?}");
-        assert!(score.reversals <= 3, "{faults:?}: {score:?}");
-    }
-}
-
-#[test]
 fn what_is_expected_to_miss_does_so_within_a_factor_of_two() {
     let conv = concat!(
         env!("CARGO_MANIFEST_DIR"),
@@ -214,15 +175,28 @@ fn what_is_expected_to_miss_does_so_within_a_factor_of_two() {
     );
     let mix = Mix::of(&Trace::read(std::path::Path::new(conv)).unwrap());
     // From 99.9 % good to 90 %.
-    for (replicas, rates) in [
+    let hidden = [
+        (1, [0.7, 0.9, 1.1]),
         (2, [0.8, 1.4, 1.8]),
         (4, [1.0, 1.4, 1.8]),
         (8, [1.2, 1.6, 2.0]),
-    ] {
+    ];
+    let unhidden = [
+        (2, [0.6, 0.75, 0.85]),
+        (4, [0.7, 0.9, 1.1]),
+        (8, [0.7, 0.9, 1.1]),
+    ];
+    let hidden = hidden.map(|case| (fast().with_dials(48, 288), case));
+    let device = Device::unhidden_t4();
+    let unhidden = unhidden.map(|case| {
+        let device = device.clone();
+        (Setup { device, ..fast() }.with_dials(20, 640), case)
+    });
+    for (setup, (replicas, rates)) in hidden.into_iter().chain(unhidden) {
+        let setup = setup.with_replicas(replicas);
         for rate in rates {
             let peak = rate * f64::from(replicas) / 0.7;
             let trace = Shape::Steady.generate(peak, &mix, 1);
-            let setup = fast().with_dials(48, 288).with_replicas(replicas);
             let mut ours = Stoker::new(&setup)
                 .with_replicas_held(replicas)
                 .with_dials_held(setup.dials);
@@ -230,9 +204,11 @@ fn what_is_expected_to_miss_does_so_within_a_factor_of_two() {
             let expected = ours.outlooks().iter().map(|o| 100.0 - o.good_percent);
             let expected = expected.sum::<f64>() / ours.outlooks().len() as f64;
             let ratio = expected / missed;
+            let name = setup.device.profile.name;
+            println!("{name}, {replicas} at {rate}: {expected} % expected, {missed} % missed");
             assert!(
                 (0.5..=2.0).contains(&ratio),
-                "{replicas} at {rate}: {expected} % expected, {missed} % missed"
+                "{name}, {replicas} at {rate}: {expected} % expected, {missed} % missed"
             );
         }
     }

@@ -5,6 +5,9 @@ use stoker_law::{Law, StepShape};
 
 use crate::replica::Tally;
 
+/// The policy's clock when a trace begins: an ordinary day's.
+pub(crate) const EPOCH: f64 = 1_700_000_000.0;
+
 /// What a scrape said.
 #[derive(Clone, Copy, Debug)]
 pub struct Gauge {
@@ -89,7 +92,6 @@ impl View {
 
     /// As the operator hands it to the policy. Its clock is an ordinary day's.
     pub fn observation(&self) -> Observation {
-        const EPOCH: f64 = 1_700_000_000.0;
         let replicas = self.replicas.iter().map(|replica| {
             let sample = replica.gauge.as_ref().map(|gauge| Sample {
                 at: EPOCH + gauge.at,

@@ -1,5 +1,6 @@
 //! What governs a fleet: ours, and what people run today by its documented rules and defaults.
 
+mod advised;
 mod aibrix;
 mod dynamo;
 mod fixed;
@@ -12,6 +13,7 @@ mod schedule;
 mod window;
 mod wva;
 
+pub use advised::Advised;
 pub use fixed::Fixed;
 pub use ours::Stoker;
 pub use schedule::Schedule;
@@ -102,8 +104,8 @@ impl Peer {
     /// Parameters to try, from the dearest to the cheapest.
     pub fn grid(self) -> &'static [f64] {
         const CONCURRENCY: &[f64] = &[
-            2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 9.0, 10.0, 11.0, 12.0, 13.0, 14.0, 15.0, 16.0, 18.0,
-            20.0,
+            1.0, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 9.0, 10.0, 11.0, 12.0, 13.0, 14.0,
+            15.0, 16.0, 18.0, 20.0,
         ];
         match self {
             Peer::Fixed => &[
@@ -150,6 +152,7 @@ fn action(replicas: u32, dials: Dials) -> Action {
         replicas,
         dials,
         overrides: Vec::new(),
+        weights: Vec::new(),
     }
 }
 

@@ -1,9 +1,9 @@
 //! stoker-autoscaler's `decide()`, called as the operator calls it.
 
-use stoker_autoscaler::{DialRange, Dials, Limits, Memory, Objectives, Outlook, decide};
+use stoker_autoscaler::{DialRange, Dials, Limits, Memory, Objectives, Outlook, Without, decide};
 
 use super::action;
-use crate::fleet::{Action, Policy, Setup, View};
+use crate::fleet::{Action, EPOCH, Policy, Setup, View};
 
 /// Seconds between two looks, as in the operator.
 const PERIOD: f64 = 2.0;
@@ -15,6 +15,10 @@ pub struct Stoker {
     objectives: Objectives,
     limits: Limits,
     memory: Memory,
+    /// Whether a restart finds the memory, or only what the object's status tells.
+    stores: bool,
+    /// When it was decided last, and what.
+    stands: Option<(f64, u32, Dials)>,
     reason: Option<String>,
     outlooks: Vec<Outlook>,
 }
@@ -34,6 +38,8 @@ impl Stoker {
                 scale_down_stabilization_seconds: 75.0,
             },
             memory: Memory::default(),
+            stores: false,
+            stands: None,
             reason: None,
             outlooks: Vec::new(),
         }
@@ -51,10 +57,45 @@ impl Stoker {
         self
     }
 
+    /// The policy built up part by part: name, the world it starts in, and the policy.
+    pub fn ablations(setup: &Setup) -> Vec<(&'static str, Setup, Self)> {
+        let setup = &setup.with_dials(32, 2048);
+        let without = |forecast: bool, recurrence: bool| {
+            let without = Without {
+                forecast,
+                recurrence,
+            };
+            let stoker = Stoker::new(setup);
+            Stoker {
+                memory: stoker.memory.without(without),
+                ..stoker
+            }
+        };
+        let dials = setup.dials;
+        let budget = dials.max_num_batched_tokens;
+        let parts = [
+            ("replicas only", without(true, true).with_dials_held(dials)),
+            ("+ cap", without(true, true).with_budget_held(budget)),
+            ("+ budget", without(true, true)),
+            ("+ forecast", without(false, true)),
+            ("+ memory: the whole", without(false, false)),
+        ];
+        let parts = parts.into_iter();
+        parts
+            .map(|(name, ours)| (name, setup.clone(), ours))
+            .collect()
+    }
+
     /// So many replicas, whatever it thinks: to compare what it expects with what comes.
     pub fn with_replicas_held(mut self, replicas: u32) -> Self {
         self.limits.min_replicas = replicas;
         self.limits.max_replicas = replicas;
+        self
+    }
+
+    /// Its memory outlives restarts.
+    pub fn with_stored_memory(mut self) -> Self {
+        self.stores = true;
         self
     }
 
@@ -89,22 +130,32 @@ impl Policy for Stoker {
         );
         self.reason = Some(decision.reason.message);
         self.outlooks.extend(decision.outlook);
+        let number = crate::fleet::number;
         let overrides = decision.overrides.iter();
+        let weights = decision.weights.iter();
+        self.stands = Some((view.now, decision.replicas, decision.dials));
         Action {
             overrides: overrides
-                .filter_map(|(id, dials)| Some((crate::fleet::number(id)?, *dials)))
+                .filter_map(|(id, dials)| Some((number(id)?, *dials)))
+                .collect(),
+            weights: weights
+                .filter_map(|(id, weight)| Some((number(id)?, *weight)))
                 .collect(),
             ..action(decision.replicas, decision.dials)
         }
     }
 
-    /// What is stored of the memory comes back.
+    /// What the operator finds comes back: what it had stored, or what the object's status tells.
     fn restart(&mut self) {
-        let stored = serde_json::to_string(&self.memory);
-        let restored = stored
-            .ok()
-            .and_then(|text| serde_json::from_str(&text).ok());
-        self.memory = restored.unwrap_or_default();
+        self.memory = match self.stands {
+            None => Memory::default(),
+            Some(_) if self.stores => {
+                let stored = serde_json::to_string(&self.memory);
+                let text = stored.unwrap_or_default();
+                serde_json::from_str(&text).unwrap_or_default()
+            }
+            Some((now, replicas, dials)) => Memory::seeded(replicas, Some(dials), EPOCH + now),
+        };
     }
 
     fn reason(&self) -> Option<String> {

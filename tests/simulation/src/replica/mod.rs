@@ -6,7 +6,7 @@ mod surrogate;
 mod tally;
 
 pub use device::Device;
-pub use tally::Tally;
+pub use tally::{Buckets, Tally};
 
 use stoker_autoscaler::Dials;
 use stoker_law::{Law, StepShape};

@@ -145,6 +145,9 @@ impl Real {
                 }
             }
         }
+        if let Some(step) = self.engine.stats().last_step {
+            tally.step(step.shape, step.seconds);
+        }
         self.step();
         ended
     }

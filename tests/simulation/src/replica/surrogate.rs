@@ -335,6 +335,7 @@ impl Surrogate {
         let slow = seconds > goals.gap;
         self.slow_steps += u32::from(slow);
         self.last_step = Some((step.shape, seconds));
+        tally.step(step.shape, seconds);
         tally.generation_tokens += u64::from(step.decodes) + step.firsts.len() as u64;
         tally.itl.add(seconds, u64::from(step.decodes));
         for &request in &step.firsts {

@@ -1,6 +1,7 @@
 //! A replica's counters and histograms, cumulative since its start: vLLM's and stoker's.
 
 use stoker_autoscaler::{Counters, Histogram};
+use stoker_law::StepShape;
 
 use crate::flight::{Flight, Goals};
 
@@ -64,6 +65,47 @@ impl<const N: usize> Buckets<N> {
     }
 }
 
+/// Sums over steps, for least squares: `y` seconds, `s` sequences, `k` cached tokens read, `p` prompt
+/// tokens.
+#[derive(Clone, Copy, Debug, Default, serde::Serialize)]
+pub struct Sums {
+    pub n: f64,
+    pub y: f64,
+    pub s: f64,
+    pub k: f64,
+    pub p: f64,
+    pub ss: f64,
+    pub sk: f64,
+    pub kk: f64,
+    pub sp: f64,
+    pub kp: f64,
+    pub pp: f64,
+    pub ys: f64,
+    pub yk: f64,
+    pub yp: f64,
+    pub yy: f64,
+}
+
+impl Sums {
+    fn add(&mut self, y: f64, s: f64, k: f64, p: f64) {
+        self.n += 1.0;
+        self.y += y;
+        self.s += s;
+        self.k += k;
+        self.p += p;
+        self.ss += s * s;
+        self.sk += s * k;
+        self.kk += k * k;
+        self.sp += s * p;
+        self.kp += k * p;
+        self.pp += p * p;
+        self.ys += y * s;
+        self.yk += y * k;
+        self.yp += y * p;
+        self.yy += y * y;
+    }
+}
+
 #[derive(Clone, Copy, Debug)]
 pub struct Tally {
     pub received: u64,
@@ -78,6 +120,10 @@ pub struct Tally {
     pub ttft_missed: u64,
     pub itl_met: u64,
     pub itl_missed: u64,
+    pub timeouts: u64,
+    /// Steps without prompts, and with some.
+    pub decodes: Sums,
+    pub prefills: Sums,
     pub ttft: Buckets<23>,
     pub itl: Buckets<20>,
     pub prompt_length: Buckets<16>,
@@ -99,6 +145,9 @@ impl Default for Tally {
             ttft_missed: 0,
             itl_met: 0,
             itl_missed: 0,
+            timeouts: 0,
+            decodes: Sums::default(),
+            prefills: Sums::default(),
             ttft: Buckets::new(&TTFT),
             itl: Buckets::new(&ITL),
             prompt_length: Buckets::new(&LENGTH),
@@ -111,6 +160,18 @@ impl Tally {
     pub fn received(&mut self, flight: &Flight) {
         self.received += 1;
         self.prompt_tokens_received += u64::from(flight.prompt);
+    }
+
+    /// A step has ended.
+    pub fn step(&mut self, shape: StepShape, seconds: f64) {
+        let prompts = shape.tokens.saturating_sub(shape.sequences);
+        let sums = if prompts == 0 {
+            &mut self.decodes
+        } else {
+            &mut self.prefills
+        };
+        let (s, k) = (f64::from(shape.sequences), shape.kv_tokens as f64);
+        sums.add(seconds, s, k, f64::from(prompts));
     }
 
     /// The first token has come.
@@ -144,6 +205,7 @@ impl Tally {
     /// The client gave up before a token came.
     pub fn timed_out(&mut self) {
         self.finished += 1;
+        self.timeouts += 1;
         self.ttft_missed += 1;
         self.all_missed += 1;
     }

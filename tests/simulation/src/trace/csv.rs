@@ -29,6 +29,20 @@ impl Trace {
         Self::parse(name, &std::fs::read_to_string(path)?)
     }
 
+    /// In the format that [`Trace::read`] reads; times are seconds since the trace began.
+    pub fn write(&self, path: &Path) -> std::io::Result<()> {
+        let mut text = "TIMESTAMP,ContextTokens,GeneratedTokens\n".to_owned();
+        for request in &self.requests {
+            let Request {
+                arrival,
+                prompt,
+                output,
+            } = request;
+            text.push_str(&format!("{arrival:.6},{prompt},{output}\n"));
+        }
+        std::fs::write(path, text)
+    }
+
     pub fn parse(name: impl Into<String>, text: &str) -> Result<Self, TraceError> {
         let mut lines = text.lines().enumerate();
         let header = lines.next().map_or("", |(_, line)| line);
@@ -123,6 +137,21 @@ mod tests {
         assert_eq!(plain.unwrap().requests[1].arrival, 1.5);
         assert_eq!(seconds("1970-01-02 00:00:01"), Some(86_401.0));
         assert_eq!(days(2000, 3, 1), 11_017);
+    }
+
+    #[test]
+    fn what_is_written_reads_the_same() {
+        let text = "TIMESTAMP,ContextTokens,GeneratedTokens\n0,10,2\n1.5,20,3\n3,30,4\n";
+        let trace = Trace::parse("x", text).unwrap();
+        let folder = std::env::temp_dir().join(format!("stoker-trace-{}", std::process::id()));
+        std::fs::create_dir_all(&folder).unwrap();
+        let path = folder.join("x.csv");
+        trace.write(&path).unwrap();
+        assert_eq!(Trace::read(&path).unwrap(), trace);
+        std::fs::remove_dir_all(&folder).unwrap();
+        let hastened = trace.hastened(2);
+        let arrivals: Vec<f64> = hastened.requests.iter().map(|r| r.arrival).collect();
+        assert_eq!(arrivals, [0.0, 1.5]);
     }
 
     #[test]

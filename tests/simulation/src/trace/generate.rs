@@ -25,6 +25,11 @@ impl Mix {
         }
     }
 
+    /// Prompts and outputs to draw from.
+    pub(super) fn drawn(lengths: Vec<(u32, u32)>) -> Self {
+        Mix { lengths }
+    }
+
     /// The same mix with other lengths: prompts and outputs times a factor each.
     pub fn scaled(&self, prompts: f64, outputs: f64) -> Self {
         let scale = |n: u32, factor: f64| (f64::from(n) * factor).round().max(1.0) as u32;
@@ -59,12 +64,14 @@ pub enum Shape {
     Sawtooth,
     /// Six minutes of load, ten minutes of nothing; four times.
     OnOff,
+    /// Waves of eight minutes, between a fifth of the peak and the peak.
+    Swing,
     /// A constant rate; half-way, prompts become three times as long and answers half as long.
     MixShift,
 }
 
 impl Shape {
-    pub const ALL: [Shape; 8] = [
+    pub const ALL: [Shape; 9] = [
         Shape::Steady,
         Shape::Step,
         Shape::Spike,
@@ -72,6 +79,7 @@ impl Shape {
         Shape::Diurnal,
         Shape::Sawtooth,
         Shape::OnOff,
+        Shape::Swing,
         Shape::MixShift,
     ];
 
@@ -84,6 +92,7 @@ impl Shape {
             Shape::Diurnal => "diurnal",
             Shape::Sawtooth => "sawtooth",
             Shape::OnOff => "onoff",
+            Shape::Swing => "swing",
             Shape::MixShift => "mixshift",
         }
     }
@@ -112,6 +121,7 @@ impl Shape {
             Shape::Spike => 1.0 / 6.0,
             Shape::Ramp => 0.2 + 0.8 * t / duration,
             Shape::Diurnal => 0.57 - 0.43 * (std::f64::consts::TAU * t / duration).cos(),
+            Shape::Swing => 0.6 - 0.4 * (std::f64::consts::TAU * t / 480.0).cos(),
             Shape::Sawtooth => 0.2 + 0.8 * (t % 900.0) / 900.0,
             Shape::OnOff if (t % 960.0) < 360.0 => 1.0,
             Shape::OnOff => 0.0,

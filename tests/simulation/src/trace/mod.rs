@@ -2,9 +2,11 @@
 
 mod csv;
 mod generate;
+mod unseen;
 
 pub use csv::TraceError;
 pub use generate::{Mix, Shape};
+pub use unseen::Unseen;
 
 /// A request as its client sees it.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -61,6 +63,23 @@ impl Trace {
             })
         });
         Trace::new(format!("{} *{factor}", self.name), requests.collect())
+    }
+
+    /// The same shape of load in a `factor`-th of the time: every `factor`-th request, so that the
+    /// rates stay.
+    pub fn hastened(&self, factor: u32) -> Self {
+        let factor = factor.max(1);
+        let requests = self.requests.iter().step_by(factor as usize);
+        Trace {
+            name: format!("{} /{factor}", self.name),
+            requests: requests
+                .map(|request| Request {
+                    arrival: request.arrival / f64::from(factor),
+                    ..*request
+                })
+                .collect(),
+            duration: self.duration / f64::from(factor),
+        }
     }
 
     /// The first `seconds` of the trace.
