@@ -1,17 +1,18 @@
 #!/usr/bin/env python3
 """Three traces of ten minutes, live: the operator, routers and simulated T4 pods of the local cluster
 beside what the simulator expects of the same policy, as `make bench-autoscaler`. Writes
-docs/results/autoscaler-live.json.
+docs/results/autoscaler-live.json. SECONDS is for each trace.
 """
 import datetime
 import json
+import os
 import time
 
 from bench_cluster import (GOODPUT, RESULTS, ROOT, TRACE, WORK, Service, install_chart, kubectl, namespace, report,
                            run)
 
-SECONDS = 600
-# Seconds that a pod takes to load its model; with it, the bounds of the study are kept in proportion.
+SECONDS = int(os.environ.get("SECONDS", "600"))
+# Seconds that a pod takes to load its model: a start matters in ten minutes, and fits into them.
 LOAD_SECONDS = 20
 LEAST, MOST = 2, 8
 # What the simulator watches after the last arrival, and pays for.

@@ -85,7 +85,8 @@ impl Board {
     /// How many replicas to ask the Deployment for.
     ///
     /// The first call after a start takes up what was asked for before: the status says it, else the
-    /// Deployment. Too few replicas are raised to the lower bound at once; too many are for the loop
+    /// Deployment. A new service that may sleep has a replica at first, so that what is wrong with it
+    /// shows now and not at the first request. Too few replicas are raised to the lower bound at once; too many are for the loop
     /// to take away, one by one.
     pub fn desired(&self, service: &InferenceService, live: Option<&Deployment>) -> u32 {
         let (Some(key), Some(uid)) = (Key::of(service), service.uid()) else {
@@ -99,7 +100,7 @@ impl Board {
             let known = status.or(spec).and_then(|n| u32::try_from(n).ok());
             let entry = Entry {
                 uid,
-                desired: known.unwrap_or(lower).clamp(lower, upper.max(lower)),
+                desired: known.unwrap_or(lower.max(1)).clamp(lower, upper.max(lower)),
                 rouses: false,
                 fleet: Fleet::default(),
                 outlook: Outlook::default(),
@@ -278,6 +279,19 @@ mod tests {
         assert_eq!(board.desired(&lowered, None), 2);
         let raised = service(json!({"minReplicas": 4, "maxReplicas": 4}), json!({}));
         assert_eq!(board.desired(&raised, None), 4);
+    }
+
+    #[test]
+    fn a_new_service_that_may_sleep_begins_awake() {
+        let (board, _woken) = Board::new();
+        let new = service(json!({"minReplicas": 0}), json!({}));
+        assert_eq!(board.desired(&new, None), 1);
+        let (board, _woken) = Board::new();
+        assert_eq!(board.desired(&new, Some(&deployment(0))), 0, "it slept");
+        let (board, _woken) = Board::new();
+        let mut by_hand = service(json!({"mode": "Manual"}), json!({}));
+        by_hand.spec.replicas = 0;
+        assert_eq!(board.desired(&by_hand, None), 0);
     }
 
     #[test]
