@@ -11,6 +11,9 @@ ARG BINARIES=source
 FROM ${RUST_IMAGE} AS source
 WORKDIR /src
 COPY . .
+# The compiler of the CUDA kernels comes as Python packages (server/kernels/fetch-nvrtc.sh).
+RUN apt-get update && apt-get install -y --no-install-recommends python3-venv \
+    && server/kernels/fetch-nvrtc.sh
 RUN cargo build --release --locked -p stoker-operator -p stoker-server -p stoker-router \
     && mkdir /out \
     && strip -o /out/stoker-operator target/release/stoker-operator \

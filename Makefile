@@ -46,7 +46,7 @@ bench-cuda: kernels ## make the folder of benches that is run on a machine with 
 	cp tests/bench-cuda.sh target/bench-cuda/
 	@echo "copy target/bench-cuda to a machine with an NVIDIA GPU and run bench-cuda.sh there"
 
-images: prerequisites ## build the images and load them into the cluster
+images: prerequisites kernels ## build the images and load them into the cluster
 	cargo build --release --workspace --bins
 	tests/cluster/images.sh
 

@@ -32,6 +32,8 @@ step() {
 
 step "prerequisites" prerequisites "install what the log names" make prerequisites
 step "the model" model "is PyPI reachable?" make model
+# Kernels for the oldest and the newest GPU stand for the others; a release has all (make images).
+export STOKER_CUDA_ARCHITECTURES=${STOKER_CUDA_ARCHITECTURES-75,90}
 step "the CUDA kernels' compiler" kernels "is PyPI reachable?" make kernels
 step "build" build "read the compiler's message" cargo build --release --workspace --tests --bins
 step "unit tests" unit "cargo test --release -p CRATE TEST" cargo test --release --workspace --exclude stoker-e2e

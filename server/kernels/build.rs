@@ -28,7 +28,7 @@ use sha2::{Digest, Sha256};
 const ARCHITECTURES: &str = "75,80,86,89,90";
 
 /// Files that use instructions of one architecture alone: (file, architecture, its full name).
-const SPECIAL: &[(&str, &str, &str)] = &[("wide", "90", "90a")];
+const SPECIAL: &[(&str, &str, &str)] = &[("thin", "90", "90"), ("wide", "90", "90a")];
 
 const OPTIONS: [&str; 3] = ["--std=c++17", "-default-device", "--generate-line-info"];
 

@@ -21,6 +21,9 @@ pub struct App {
     pub serving: OnceLock<Serving>,
 }
 
+/// Begins and ends what a profiler records of the device.
+pub type Profiler = Box<dyn Fn(bool) -> Result<(), String> + Send + Sync>;
+
 /// A loaded model and its engine.
 pub struct Serving {
     pub engine: EngineHandle,
@@ -31,6 +34,8 @@ pub struct Serving {
     pub max_waiting: usize,
     /// Most new tokens of a chat answer that states no limit; `None`: what the context leaves.
     pub default_chat_tokens: Option<u32>,
+    /// `None`: there is no profiler for the device. Locked while it records.
+    pub profiler: Option<tokio::sync::Mutex<Profiler>>,
 }
 
 impl App {

@@ -12,7 +12,7 @@ use stoker_model::{
 };
 use thiserror::Error;
 
-use crate::app::{App, Serving};
+use crate::app::{App, Profiler, Serving};
 use crate::args::{Args, Device};
 use crate::download;
 use crate::engine::{EngineHandle, EngineStart};
@@ -77,6 +77,7 @@ struct Loaded {
     tokenizer: Arc<Tokenizer>,
     chat_template: Arc<ChatTemplate>,
     default_chat_tokens: Option<u32>,
+    profiler: Option<Profiler>,
 }
 
 /// Loads the model, times the device and starts the engine; then the app is ready. Takes seconds
@@ -85,8 +86,15 @@ pub fn start(args: &Args, app: &Arc<App>) -> Result<(), StartError> {
     let clock = RealClock::new();
     let mut loaded = match args.device {
         Device::Simulated => load_simulated(args, app, clock)?,
-        Device::Cpu => load(args, app, LoadedModel::load, CPU_TOKENS)?,
-        Device::Cuda => load(args, app, LoadedModel::load_cuda, CUDA_TOKENS)?,
+        Device::Cpu => load(args, app, LoadedModel::load, CPU_TOKENS, |_| None)?,
+        Device::Cuda => load(args, app, LoadedModel::load_cuda, CUDA_TOKENS, |executor| {
+            let gpu = executor.gpu().clone();
+            Some(Box::new(move |on| {
+                gpu.make_current()
+                    .and_then(|()| gpu.profile(on))
+                    .map_err(|e| e.to_string())
+            }))
+        })?,
     };
     app.lifecycle.set_progress(LOAD_SHARE);
     let prior = calibrate(&mut *loaded.executor)?;
@@ -126,6 +134,7 @@ pub fn start(args: &Args, app: &Arc<App>) -> Result<(), StartError> {
             max_model_len: capacity.max_model_len,
             max_waiting: args.max_waiting as usize,
             default_chat_tokens: loaded.default_chat_tokens,
+            profiler: loaded.profiler.map(tokio::sync::Mutex::new),
         })
         .map_err(|_| StartError::Twice)?;
     app.lifecycle.set_ready();
@@ -169,6 +178,7 @@ fn load_simulated(args: &Args, app: &App, clock: RealClock) -> Result<Loaded, St
         chat_template: Arc::new(ChatTemplate::chatml()?),
         executor: Box::new(SimulatedExecutor::new(profile, clock)),
         default_chat_tokens: Some(SIMULATED_CHAT_TOKENS),
+        profiler: None,
     })
 }
 
@@ -180,6 +190,7 @@ fn load<E: Executor + 'static>(
     app: &App,
     load_model: LoadModel<E>,
     most_batched_tokens: u32,
+    profiler: fn(&E) -> Option<Profiler>,
 ) -> Result<Loaded, StartError> {
     let local = download::obtain(args, app)?;
     let defaults = LoadOptions::default();
@@ -209,6 +220,7 @@ fn load<E: Executor + 'static>(
         "model"
     );
     Ok(Loaded {
+        profiler: profiler(&model.executor),
         executor: Box::new(model.executor),
         tokenizer: model.tokenizer,
         chat_template: model.chat_template,

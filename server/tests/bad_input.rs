@@ -343,7 +343,7 @@ async fn bytes_that_are_not_http_are_refused_or_closed() {
 #[test]
 fn wrong_flags_end_with_code_2_and_a_reason() {
     for (flags, word) in [
-        (&["--device", "cuda"][..], "no CUDA kernels"),
+        (&["--device", "cuda"][..], "--model"),
         (&["--device", "gpu"], "possible values"),
         (&[], "--model"),
         (&["--model", "/nowhere/model.gguf"], "/nowhere/model.gguf"),

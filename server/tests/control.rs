@@ -213,3 +213,20 @@ async fn the_cap_holds_from_the_next_step_on() {
         () = watch => {}
     }
 }
+
+#[tokio::test]
+async fn only_a_gpu_can_be_profiled() {
+    let server = Server::start(&[]).await;
+    let url = format!("{}/control/v1/profile", server.control_url);
+    for (body, word) in [
+        (json!({"seconds": 1}), "isn't an NVIDIA GPU"),
+        (json!({"seconds": 0}), "above 0"),
+        (json!({"seconds": 61}), "at most 60"),
+        (json!({}), "seconds"),
+    ] {
+        let response = server.http.post(&url).json(&body).send().await.unwrap();
+        assert_eq!(response.status(), 400);
+        let text = response.text().await.unwrap();
+        assert!(text.contains(word), "{text}");
+    }
+}

@@ -248,3 +248,22 @@ fn a_cache_directory_is_made_ready() {
         false => assert!(code == 1 && log.contains("model cache"), "{log}"),
     }
 }
+
+/// Where there is no GPU the server says what is missing, and ends.
+#[test]
+fn a_gpu_that_isnt_there_ends_the_server_with_the_reason() {
+    if device() == "cuda" {
+        return;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    HuggingFace::llama3().for_gpu().write(folder.path());
+    let model = folder.path().to_str().unwrap();
+    let (code, text) = run_to_end_with(&["--device", "cuda", "--model", model, "--port", "0"], &[]);
+    let reasons = [
+        "no NVIDIA driver is here",
+        "this build has no CUDA kernels",
+        "has no GPU for this process",
+    ];
+    assert!(reasons.iter().any(|reason| text.contains(reason)), "{text}");
+    assert_eq!(code, 1, "{text}");
+}

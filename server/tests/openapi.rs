@@ -37,6 +37,7 @@ async fn the_committed_description_is_the_served_one() {
         "/control/v1/limits",
         "/control/v1/state",
         "/control/v1/drain",
+        "/control/v1/profile",
     ] {
         assert!(api["paths"].get(path).is_some(), "{path}");
     }

@@ -20,27 +20,33 @@ struct KvShape {
     }
 };
 
+// Eight neighbouring dimensions of a head, turned by four cosines and sines. FINITE: without infinities.
+template <bool FINITE> __device__ __forceinline__ uint4 turned(uint4 v, const float* turns) {
+    const u32 in[4] = {v.x, v.y, v.z, v.w};
+    u32 out[4];
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        const float2 a = unpack(in[i]), turn = *(const float2*)(turns + 2 * i);
+        float x = a.x * turn.x - a.y * turn.y, y = a.x * turn.y + a.y * turn.x;
+        out[i] = FINITE ? pack_finite(x, y) : pack(x, y);
+    }
+    return make_uint4(out[0], out[1], out[2], out[3]);
+}
+
 // Queries, keys and values as the projection left them.
 struct Qkv {
-    const half* f16;        // [rows, width], or
-    const float* partials;  // [parts, rows, width]
-    int parts;
-    size_t part_stride;
+    const half* values;  // [rows, width]
     int width;
     // (cosine, sine), [positions, rotated / 2]
     const float2* rope;
     int rotated;
 
-    // Two neighbours.
-    __device__ float2 pair(int row, int column) const {
-        size_t at = (size_t)row * width + column;
-        if (!partials) return unpack(*(const u32*)(f16 + at));
-        float2 sum = make_float2(0.0f, 0.0f);
-        for (int s = 0; s < parts; s++) {
-            float2 v = *(const float2*)(partials + s * part_stride + at);
-            sum.x += v.x, sum.y += v.y;
-        }
-        return sum;
+    __device__ const half* at(int row, int column) const { return values + (size_t)row * width + column; }
+
+    // Cosine and sine by which dimensions d and d + 1 of a head are turned.
+    __device__ __forceinline__ float2 turn(u32 position, int d) const {
+        if (d >= rotated) return make_float2(1.0f, 0.0f);
+        return rope[(size_t)position * (rotated / 2) + d / 2];
     }
 
     // Dimensions d and d + 1 of a head, turned by their position.

@@ -104,25 +104,11 @@ __device__ __forceinline__ void mma(float (&d)[4], u32 a0, u32 a1, u32 a2, u32 a
 #endif
 }
 
-// The same where rows 8..15 of a are zero: two values a lane instead of four.
-__device__ __forceinline__ void mma_half(float& d0, float& d1, u32 a0, u32 a2, u32 b0, u32 b1) {
-#if __CUDA_ARCH__ >= 800
-    asm volatile(
-        "{.reg .f32 x, y;\n"
-        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
-        "{%0,%1,x,y}, {%2,%6,%3,%6}, {%4,%5}, {%0,%1,%7,%7};}"
-        : "+f"(d0), "+f"(d1)
-        : "r"(a0), "r"(a2), "r"(b0), "r"(b1), "r"(0), "f"(0.0f));
-#else
-    asm volatile(
-        "{.reg .f32 x, y;\n"
-        "mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 "
-        "{%0,%1,x,y}, {%2,%6}, {%4}, {%0,%1,%7,%7};\n"
-        "mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 "
-        "{%0,%1,x,y}, {%3,%6}, {%5}, {%0,%1,%7,%7};}"
-        : "+f"(d0), "+f"(d1)
-        : "r"(a0), "r"(a2), "r"(b0), "r"(b1), "r"(0), "f"(0.0f));
-#endif
+// Turns over an 8 x 8 matrix of f16 of which a lane 4 g + t has columns 2 t and 2 t + 1 of row g.
+__device__ __forceinline__ u32 transpose(u32 v) {
+    u32 r;
+    asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(r) : "r"(v));
+    return r;
 }
 
 // Four 8x8 tiles out of shared memory; a lane gives the address of one of their rows.
@@ -168,7 +154,35 @@ __device__ __forceinline__ half finite_half(float v) {
     return __float2half_rn(fmaxf(fminf(v, 65504.0f), -65504.0f));
 }
 
-__device__ __forceinline__ float silu(float v) { return v / (1.0f + __expf(-v)); }
+__device__ __forceinline__ u32 pack_finite(float a, float b) {
+    half out[2] = {finite_half(a), finite_half(b)};
+    return *(u32*)out;
+}
+
+// Grows with a logit. What is not a number comes last.
+__device__ __forceinline__ u32 key_of(float v) {
+    if (v != v) return 0;
+    u32 bits = __float_as_uint(v);
+    return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
+}
+__device__ __forceinline__ float value_of(u32 key) {
+    return __uint_as_float(key & 0x80000000u ? key & 0x7fffffffu : ~key);
+}
+// A logit with its id: the highest of several is that of the highest logit, of equals the first. 0: none.
+__device__ __forceinline__ u64 ranked(float v, u32 id) {
+    // Both zeros are equal.
+    u32 key = key_of(v + 0.0f);
+    return key ? (u64)key << 32 | (u32)~id : 0;
+}
+
+// 2^v, by the special function unit alone: 0 below what f32 holds at full precision.
+__device__ __forceinline__ float exp2_fast(float v) {
+    float r;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(v));
+    return r;
+}
+
+__device__ __forceinline__ float silu(float v) { return __fdividef(v, 1.0f + __expf(-v)); }
 
 template <int LANES = 32> __device__ __forceinline__ float sum_lanes(float v) {
 #pragma unroll

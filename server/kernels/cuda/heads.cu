@@ -1,13 +1,13 @@
 // What some architectures do to queries, keys and values before rope: a bias on all of them
 // (Qwen2), a norm of each head of queries and keys (Qwen3).
-#include "attention.cuh"
+#include "common.cuh"
 
 struct Heads {
-    Qkv qkv;
+    half* qkv;  // [rows, width]
+    int width;
     const float* bias;        // [width], or null
     const float* query_norm;  // [size], or null
     const float* key_norm;
-    half* out;  // [rows, width]; may be where qkv's f16 are
     int heads, kv_heads, size;
     float epsilon;
 };
@@ -26,7 +26,7 @@ KERNEL __launch_bounds__(256) finish_heads(const __grid_constant__ Heads p) {
         for (int i = 0; i < MOST; i++) {
             const int d = (i * 32 + lane) * 2;
             if (d >= p.size) continue;
-            v[i] = p.qkv.pair(row, head * p.size + d);
+            v[i] = unpack(*(const u32*)(p.qkv + (size_t)row * p.width + head * p.size + d));
             if (p.bias) v[i].x += p.bias[head * p.size + d], v[i].y += p.bias[head * p.size + d + 1];
             squares += v[i].x * v[i].x + v[i].y * v[i].y;
         }
@@ -38,7 +38,7 @@ KERNEL __launch_bounds__(256) finish_heads(const __grid_constant__ Heads p) {
             if (d >= p.size) continue;
             if (norm) v[i].x *= scale * norm[d], v[i].y *= scale * norm[d + 1];
             half out[2] = {finite_half(v[i].x), finite_half(v[i].y)};
-            *(u32*)(p.out + (size_t)row * p.qkv.width + head * p.size + d) = *(u32*)out;
+            *(u32*)(p.qkv + (size_t)row * p.width + head * p.size + d) = *(u32*)out;
         }
     }
 }

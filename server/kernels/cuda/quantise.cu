@@ -38,7 +38,7 @@ template <int BITS> __device__ __forceinline__ void quantise(const Quantise& p) 
         q[i] = BITS == 8 ? (int)fminf(fmaxf(steps, -127.0f), 127.0f) + 128 : (int)fminf(fmaxf(steps, -8.0f), 7.0f) + 8;
     }
     const int piece = lane / 2, t = piece % 4, j = piece / 4;
-    unsigned char* to = p.q + (row * groups + group) * GROUP_BYTES<BITS> + piece_at<BITS>(t, j);
+    unsigned char* to = p.q + group_at<BITS>(row, group, groups) + piece_at<BITS>(t, j);
     if (BITS == 8) {
         *(u32*)(to + lane % 2 * 4) = q[0] | q[1] << 8 | q[2] << 16 | q[3] << 24;
     } else {
@@ -56,7 +56,7 @@ template <int BITS>
 __device__ __forceinline__ uint4 dequantised(const unsigned char* q, const half* scales, int m, int k, size_t row, int piece) {
     const int group = piece / 16, t = piece % 4, j = piece % 16 / 4;
     u32 h[4];
-    read_piece<BITS>(q + (row * (k / GROUP) + group) * GROUP_BYTES<BITS>, t, j, h);
+    read_piece<BITS>(q + group_at<BITS>(row, group, k / GROUP), t, j, h);
     const __half2 by = __half2half2(scales[(size_t)group * m + row]);
 #pragma unroll
     for (int e = 0; e < 4; e++) {

@@ -1,7 +1,8 @@
 // Weights of 8 or 4 bits, and how lanes unpack them.
 //
 // A row is in groups of 128 values with one f16 scale each; scales lie [groups, rows]. A value is
-// (q - 128) or (q - 8) times its scale. A group is 16 pieces of 8 values; lane t of four has pieces
+// (q - 128) or (q - 8) times its scale. The same group of 16 rows stands together, so that memory is
+// read in long runs: [rows / 16][groups][16 rows]. A group is 16 pieces of 8 values; lane t of four has pieces
 // t + 4 j, j = 0 .. 3, in 16-byte loads that stand side by side for the four lanes:
 // - 8 bits: [2 halves][4 lanes][2 pieces of 8 bytes], half h with j = 2 h and 2 h + 1;
 // - 4 bits: [4 lanes][4 pieces of 4 bytes]; value 2 i of a piece is nibble i, value 2 i + 1 nibble
@@ -13,6 +14,11 @@ constexpr int GROUP = 128;
 
 // Bytes of a group.
 template <int BITS> constexpr int GROUP_BYTES = GROUP * BITS / 8;
+
+// Where a group of a row begins.
+template <int BITS> __device__ __forceinline__ size_t group_at(size_t row, int group, int groups) {
+    return ((row / 16 * groups + group) * 16 + row % 16) * GROUP_BYTES<BITS>;
+}
 
 // Where piece t + 4 j of a group begins.
 template <int BITS> __device__ __forceinline__ int piece_at(int t, int j) {

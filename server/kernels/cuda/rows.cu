@@ -46,27 +46,39 @@ struct Norm {
     float epsilon;
 };
 
-// residual += sum of partials; normed = norm(residual).
-KERNEL __launch_bounds__(256) norm_rows(const __grid_constant__ Norm p) {
+// residual += sum of partials; normed = norm(residual). A thread has four neighbours, or twice four.
+KERNEL __launch_bounds__(1024) norm_rows(const __grid_constant__ Norm p) {
     __shared__ float scratch[32];
     let_next_begin();
+    constexpr int MOST = 2;
+    float4 v[MOST], w[MOST];
+#pragma unroll
+    for (int j = 0; j < MOST; j++) {
+        int i = j * blockDim.x + threadIdx.x;
+        if (i < p.width / 4) w[j] = ((const float4*)p.norm)[i];
+    }
     wait_for_previous();
     const u32 row = p.samples ? p.samples[blockIdx.x].row : blockIdx.x;
     float4* residual = (float4*)(p.residual + (size_t)row * p.width);
-    const float4* norm = (const float4*)p.norm;
     uint2* normed = (uint2*)(p.normed + (size_t)blockIdx.x * p.width);
-    // What a thread works on stays in registers, up to a width of 8192.
-    constexpr int MOST = 8;
-    float4 v[MOST];
     float squares = 0.0f;
 #pragma unroll
     for (int j = 0; j < MOST; j++) {
         int i = j * blockDim.x + threadIdx.x;
         if (i < p.width / 4) {
             v[j] = residual[i];
-            for (int s = 0; s < p.parts; s++) {
-                float4 part = *(const float4*)(p.partials + s * p.part_stride + (size_t)row * p.width + i * 4);
-                v[j].x += part.x, v[j].y += part.y, v[j].z += part.z, v[j].w += part.w;
+            const float* partials = p.partials + (size_t)row * p.width + i * 4;
+            // Eight at a time, all under way together.
+#pragma unroll 1
+            for (int s = 0; s < p.parts; s += 8) {
+                float4 part[8];
+#pragma unroll
+                for (int c = 0; c < 8; c++)
+                    part[c] = s + c < p.parts ? *(const float4*)(partials + (s + c) * p.part_stride)
+                                              : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+#pragma unroll
+                for (int c = 0; c < 8; c++)
+                    v[j].x += part[c].x, v[j].y += part[c].y, v[j].z += part[c].z, v[j].w += part[c].w;
             }
             squares += v[j].x * v[j].x + v[j].y * v[j].y + v[j].z * v[j].z + v[j].w * v[j].w;
         }
@@ -79,12 +91,37 @@ KERNEL __launch_bounds__(256) norm_rows(const __grid_constant__ Norm p) {
             // Where only some rows are normed, two of them may be the same one: it's written by
             // the step's last kernel but one, whose residual nobody reads again.
             if (p.parts && !p.samples) residual[i] = v[j];
-            float4 w = norm[i];
-            half out[4] = {finite_half(v[j].x * scale * w.x), finite_half(v[j].y * scale * w.y),
-                           finite_half(v[j].z * scale * w.z), finite_half(v[j].w * scale * w.w)};
-            normed[i] = *(uint2*)out;
+            normed[i] = make_uint2(pack_finite(v[j].x * scale * w[j].x, v[j].y * scale * w[j].y),
+                                   pack_finite(v[j].z * scale * w[j].z, v[j].w * scale * w[j].w));
         }
     }
+}
+
+struct Sum {
+    const float* partials;  // [parts, count]
+    half* out;              // [count]
+    int parts, count;
+};
+
+// The sum of a product's parts, in f16.
+KERNEL __launch_bounds__(256) sum_parts(const __grid_constant__ Sum p) {
+    let_next_begin();
+    wait_for_previous();
+    const int i = (blockIdx.x * blockDim.x + threadIdx.x) * 4;
+    if (i >= p.count) return;
+    float4 sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+    // Four at a time, all under way together.
+#pragma unroll 1
+    for (int s = 0; s < p.parts; s += 4) {
+        float4 part[4];
+#pragma unroll
+        for (int c = 0; c < 4; c++)
+            part[c] = s + c < p.parts ? *(const float4*)(p.partials + (size_t)(s + c) * p.count + i)
+                                      : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+#pragma unroll
+        for (int c = 0; c < 4; c++) sum.x += part[c].x, sum.y += part[c].y, sum.z += part[c].z, sum.w += part[c].w;
+    }
+    *(uint2*)(p.out + i) = make_uint2(pack_finite(sum.x, sum.y), pack_finite(sum.z, sum.w));
 }
 
 struct RopeRows {
@@ -107,7 +144,7 @@ KERNEL __launch_bounds__(256) rope_rows(const __grid_constant__ RopeRows p) {
     const int heads = p.kv.heads, kv_heads = p.kv.kv_heads;
     for (int i = threadIdx.x; i < (heads + 2 * kv_heads) * pairs; i += blockDim.x) {
         int head = i / pairs, d = i % pairs * 2;
-        float2 v = p.qkv.pair(row, head * size + d);
+        float2 v = unpack(*(const u32*)p.qkv.at(row, head * size + d));
         if (head < heads + kv_heads) v = p.qkv.rotate(v, place.position, d);
         if (head < heads) {
             *(u32*)(p.queries + ((size_t)row * heads + head) * size + d) = pack(v.x, v.y);

@@ -8,6 +8,9 @@
 
 struct Choose {
     const float* logits;  // [samples, vocab]
+    // The highest of each part of a row's logits, [samples, parts]; parts 0: to be looked for.
+    const u64* best;
+    int parts;
     const Sample* samples;
     u32* previous;  // by slot
     u32* out;       // by sample's place, in the host's memory
@@ -22,13 +25,6 @@ __device__ __forceinline__ u64 mix(u64 v) {
     z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9ull;
     z = (z ^ (z >> 27)) * 0x94D049BB133111EBull;
     return z ^ (z >> 31);
-}
-
-// Grows with the logit. What is not a number comes last.
-__device__ __forceinline__ u32 key_of(float v) {
-    if (v != v) return 0;
-    u32 bits = __float_as_uint(v);
-    return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
 }
 
 struct Chooser {
@@ -131,8 +127,7 @@ KERNEL __launch_bounds__(THREADS, 1) choose(const __grid_constant__ Choose p) {
     __shared__ u64 bins[256];
     __shared__ u32 counts[THREADS];
     __shared__ u64 sums[THREADS / 32];
-    __shared__ float best_values[32];
-    __shared__ u32 best_ids[32];
+    __shared__ u64 tops[THREADS / 32];
     __shared__ u32 answer;
     __shared__ Found found;
     const Sample s = p.samples[blockIdx.x];
@@ -143,33 +138,31 @@ KERNEL __launch_bounds__(THREADS, 1) choose(const __grid_constant__ Choose p) {
     const float* logits = p.logits + (size_t)blockIdx.x * p.vocab;
 
     // The highest, the first of equals.
-    float best = __int_as_float(0xff800000);
-    u32 best_id = NOWHERE;
-    auto better = [&](float v, u32 id) {
-        if (v > best || (v == best && id < best_id)) best = v, best_id = id;
-    };
-    if (p.vocab % 4 == 0) {
+    u64 top = 0;
+    if (p.parts) {
+        for (int i = threadIdx.x; i < p.parts; i += THREADS)
+            top = max(top, p.best[(size_t)blockIdx.x * p.parts + i]);
+    } else if (p.vocab % 4 == 0) {
 #pragma unroll 4
         for (int i = threadIdx.x; i < p.vocab / 4; i += THREADS) {
             float4 v = ((const float4*)logits)[i];
-            better(v.x, 4 * i), better(v.y, 4 * i + 1), better(v.z, 4 * i + 2), better(v.w, 4 * i + 3);
+            top = max(max(top, ranked(v.x, 4 * i)), ranked(v.y, 4 * i + 1));
+            top = max(max(top, ranked(v.z, 4 * i + 2)), ranked(v.w, 4 * i + 3));
         }
     } else {
-        for (int i = threadIdx.x; i < p.vocab; i += THREADS) better(logits[i], i);
+        for (int i = threadIdx.x; i < p.vocab; i += THREADS) top = max(top, ranked(logits[i], i));
     }
-    auto best_of_warp = [&]() {
+    auto top_of_warp = [&]() {
 #pragma unroll
-        for (int i = 16; i > 0; i /= 2) {
-            float v = __shfl_xor_sync(FULL_WARP, best, i);
-            u32 id = __shfl_xor_sync(FULL_WARP, best_id, i);
-            better(v, id);
-        }
+        for (int i = 16; i > 0; i /= 2) top = max(top, __shfl_xor_sync(FULL_WARP, top, i));
     };
-    best_of_warp();
-    if (lane == 0) best_values[warp] = best, best_ids[warp] = best_id;
+    top_of_warp();
+    if (lane == 0) tops[warp] = top;
     __syncthreads();
-    best = best_values[lane], best_id = best_ids[lane];
-    best_of_warp();
+    top = tops[lane];
+    top_of_warp();
+    const u32 best_id = top ? ~(u32)top : NOWHERE;
+    const float best = value_of((u32)(top >> 32));
 
     u32 token = best_id;
     const bool finite = best - best == 0.0f;
@@ -209,7 +202,7 @@ KERNEL __launch_bounds__(THREADS, 1) choose(const __grid_constant__ Choose p) {
         __syncthreads();
         u64 total = 0, ties = 0;
         for (int i = 0; i < 32; i++) total += sums[i], ties += counts[i];
-        float least_value = __uint_as_float(least & 0x80000000u ? least & 0x7fffffffu : ~least);
+        float least_value = value_of(least);
         const u64 least_weight = some ? c.weight(least_value) : 0;
         if (some) total += least_weight * min(ties, equals);
 
@@ -250,14 +243,14 @@ KERNEL __launch_bounds__(THREADS, 1) choose(const __grid_constant__ Choose p) {
             if (wanted < total) {
                 // The last one that belongs is where the running total reaches `wanted`.
                 Found f = find<false>(c, wanted ? wanted - 1 : 0, least, bins, &found);
-                float value = __uint_as_float(f.key & 0x80000000u ? f.key & 0x7fffffffu : ~f.key);
+                float value = value_of(f.key);
                 u64 w = c.weight(value);
                 u64 needed = w ? (max(wanted, 1ull) - f.above + w - 1) / w : 0;
                 mass = f.above + needed * w;
             }
             u64 target = min((u64)(draw * (double)mass), mass ? mass - 1 : 0);
             Found f = find<false>(c, target, least, bins, &found);
-            float value = __uint_as_float(f.key & 0x80000000u ? f.key & 0x7fffffffu : ~f.key);
+            float value = value_of(f.key);
             u64 w = c.weight(value);
             token = id_of(c, f.key, w ? (target - f.above) / w : 0, counts, &answer);
         }

@@ -4,30 +4,18 @@
 // row-major as they are stored. k is permuted so that a lane's 16 bytes (8 values of one row) feed
 // two mma steps: the permutation is the same for both operands, so the sum doesn't change. The
 // warps of a block split k (a chunk of 32 each in turn) and sum up in shared memory. A block takes
-// tile after tile, the next one's weights on their way while it sums up one. The first chunks are on their way before the kernel before this one has ended.
-#include "common.cuh"
+// tile after tile, the next one's weights on their way while it sums up one. The first chunks are on
+// their way before the kernel before this one has ended.
+#include "few.cuh"
 
 struct Skinny {
     const half* w;  // [m, k]
-    const half* x;  // [n, k]
-    // Sums of squares of x before its norm's weight, [n, square_parts]: the norm's scale is applied
-    // to the output. Null: x is used as it is.
-    const float* squares;
-    half* out;         // QKV: [n, m]; GATE_UP: [n, m / 2]
-    float* residual;   // RESIDUAL: [n, m], added to
-    const float* next_norm;  // RESIDUAL: weight [m] of the norm that comes next
-    half* next;              // RESIDUAL: [n, m], residual times that weight
-    float* next_squares;     // RESIDUAL: [n, tiles]
-    float* logits;           // HEAD: [n, m]
-    int m, k, n;
-    int square_parts;
-    float epsilon;
+    Few few;
 };
-
-enum Op { QKV, RESIDUAL, GATE_UP, HEAD };
 
 template <int OP, int WARPS, int MT, int NT, int STAGES>
 __device__ __forceinline__ void skinny(const Skinny& p) {
+    const Few& f = p.few;
     constexpr int ROWS = 16 * MT, COLUMNS = 8 * NT, THREADS = 32 * WARPS;
     constexpr int PITCH = ROWS + 4;
     __shared__ float sums[WARPS][COLUMNS][PITCH];
@@ -35,10 +23,10 @@ __device__ __forceinline__ void skinny(const Skinny& p) {
     let_next_begin();
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const int g = lane / 4, t = lane % 4;
-    const int chunks = p.k / 32;
+    const int chunks = f.k / 32;
     // Turns of a warp in a tile, made whole rounds of the stages.
     const int turns = ((chunks + WARPS - 1) / WARPS + STAGES - 1) / STAGES * STAGES;
-    const int tiles = (p.m + ROWS - 1) / ROWS;
+    const int tiles = (f.m + ROWS - 1) / ROWS;
 
     // Where the next weights come from: a tile, and the warp's turn in it. The last tile is moved up
     // to end with the matrix; its first rows are another one's then.
@@ -47,15 +35,15 @@ __device__ __forceinline__ void skinny(const Skinny& p) {
     auto enter_tile = [&]() {
 #pragma unroll
         for (int i = 0; i < MT; i++) {
-            int row = min(next_tile * ROWS + 16 * i, p.m - 16) + g;
-            w[i] = p.w + (size_t)row * p.k + t * 8;
+            int row = min(next_tile * ROWS + 16 * i, f.m - 16) + g;
+            w[i] = p.w + (size_t)row * f.k + t * 8;
         }
     };
     enter_tile();
-    const size_t eight_rows = (size_t)8 * p.k;
+    const size_t eight_rows = (size_t)8 * f.k;
     const half* x[NT];
 #pragma unroll
-    for (int j = 0; j < NT; j++) x[j] = p.x + (size_t)min(8 * j + g, p.n - 1) * p.k + t * 8;
+    for (int j = 0; j < NT; j++) x[j] = f.x + (size_t)min(8 * j + g, f.n - 1) * f.k + t * 8;
 
     uint4 a[STAGES][MT][2], b[STAGES][NT];
     const uint4 zero = make_uint4(0, 0, 0, 0);
@@ -89,11 +77,11 @@ __device__ __forceinline__ void skinny(const Skinny& p) {
     if (OP != RESIDUAL) {
         for (int n = warp; n < COLUMNS; n += WARPS) {
             float scale = 1.0f;
-            if (p.squares && n < p.n) {
+            if (f.squares && n < f.n) {
                 float sum = 0.0f;
-                for (int i = lane; i < p.square_parts; i += 32)
-                    sum += p.squares[n * p.square_parts + i];
-                scale = rsqrtf(sum_lanes(sum) / p.k + p.epsilon);
+                for (int i = lane; i < f.square_parts; i += 32)
+                    sum += f.squares[n * f.square_parts + i];
+                scale = rsqrtf(sum_lanes(sum) / f.k + f.epsilon);
             }
             if (lane == 0) scales[n] = scale;
         }
@@ -108,7 +96,7 @@ __device__ __forceinline__ void skinny(const Skinny& p) {
             for (int o = 0; o < OUTS; o++) {
                 int index = o * THREADS + threadIdx.x;
                 int row = first + index % ROWS, n = index / ROWS;
-                residual[o] = row < p.m && n < p.n && n < COLUMNS ? p.residual[(size_t)n * p.m + row] : 0.0f;
+                residual[o] = row < f.m && n < f.n && n < COLUMNS ? f.residual[(size_t)n * f.m + row] : 0.0f;
             }
         }
 
@@ -151,9 +139,9 @@ __device__ __forceinline__ void skinny(const Skinny& p) {
             for (int index = threadIdx.x; index < ROWS / 2 * COLUMNS; index += THREADS) {
                 int out = index % (ROWS / 2), n = index / (ROWS / 2);
                 int row = out / 8 * 16 + out % 8;
-                if (n < p.n && first + row < p.m) {
+                if (n < f.n && first + row < f.m) {
                     float gate = total(row, n) * scales[n], up = total(row + 8, n) * scales[n];
-                    p.out[(size_t)n * (p.m / 2) + first / 2 + out] = finite_half(silu(gate) * up);
+                    f.out[(size_t)n * (f.m / 2) + first / 2 + out] = finite_half(silu(gate) * up);
                 }
             }
             continue;
@@ -164,20 +152,20 @@ __device__ __forceinline__ void skinny(const Skinny& p) {
             int row = index % ROWS, n = index / ROWS;
             // Where this row stands in its tile, which may have been moved up.
             int base = first + row / 16 * 16;
-            int place = row + base - min(base, p.m - 16);
-            bool there = n < p.n && n < COLUMNS && first + row < p.m;
+            int place = row + base - min(base, f.m - 16);
+            bool there = n < f.n && n < COLUMNS && first + row < f.m;
             float v = there ? total(place, n) : 0.0f;
-            size_t at = (size_t)n * p.m + first + row;
-            if (OP == QKV && there) p.out[at] = finite_half(v * scales[n]);
-            if (OP == HEAD && there) p.logits[at] = v * scales[n];
+            size_t at = (size_t)n * f.m + first + row;
+            if (OP == QKV && there) f.out[at] = finite_half(v * scales[n]);
+            if (OP == HEAD && there) f.logits[at] = v * scales[n];
             if (OP == RESIDUAL) {
                 v = there ? v + residual[o] : 0.0f;
                 if (there) {
-                    p.residual[at] = v;
-                    p.next[at] = finite_half(v * p.next_norm[first + row]);
+                    f.residual[at] = v;
+                    f.next[at] = finite_half(v * f.next_norm[first + row]);
                 }
                 float square = sum_lanes<ROWS>(v * v);
-                if (there && row == 0) p.next_squares[n * tiles + tile] = square;
+                if (there && row == 0) f.next_squares[n * tiles + tile] = square;
             }
         }
     }

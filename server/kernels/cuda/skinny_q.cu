@@ -24,7 +24,7 @@ struct SkinnyQ {
 
 enum Op { QKV, RESIDUAL, GATE_UP, HEAD };
 
-template <int OP, int BITS, int WARPS, int MT, int NT, int STAGES>
+template <int OP, int BITS, int WARPS, int MT, int NT, int STAGES, bool AHEAD>
 __device__ __forceinline__ void skinny(const SkinnyQ& p) {
     constexpr int ROWS = 16 * MT, COLUMNS = 8 * NT, THREADS = 32 * WARPS;
     constexpr int PITCH = ROWS + 4;
@@ -39,7 +39,6 @@ __device__ __forceinline__ void skinny(const SkinnyQ& p) {
     // Turns of a warp in a tile, made whole rounds of the stages.
     const int turns = ((groups + WARPS - 1) / WARPS + STAGES - 1) / STAGES * STAGES;
     const int tiles = (p.m + ROWS - 1) / ROWS;
-    const size_t row_bytes = (size_t)groups * GROUP_BYTES<BITS>;
 
     int next_tile = blockIdx.x, next_turn = 0;
     const unsigned char* w[MT];
@@ -48,7 +47,7 @@ __device__ __forceinline__ void skinny(const SkinnyQ& p) {
 #pragma unroll
         for (int i = 0; i < MT; i++) {
             int row = min(next_tile * ROWS + 16 * i, p.m - 16) + g;
-            w[i] = p.w + row * row_bytes + t * 16;
+            w[i] = p.w + group_at<BITS>(row, 0, groups) + t * 16;
             scales[i] = p.scales + row;
         }
     };
@@ -68,7 +67,7 @@ __device__ __forceinline__ void skinny(const SkinnyQ& p) {
                 for (int r = 0; r < 2; r++) {
 #pragma unroll
                     for (int h = 0; h < LOADS; h++)
-                        a[s][i][r][h] = load_once(w[i] + 8 * r * row_bytes + group * GROUP_BYTES<BITS> + 64 * h);
+                        a[s][i][r][h] = load_once(w[i] + (16 * group + 8 * r) * GROUP_BYTES<BITS> + 64 * h);
                     a_scale[s][i][r] = scales[i][(size_t)group * p.m + 8 * r];
                 }
         }
@@ -78,15 +77,13 @@ __device__ __forceinline__ void skinny(const SkinnyQ& p) {
         }
     };
 
-    // x for a turn, each piece asked for again as soon as it's used. Of more rows or outputs there
-    // is no room to do so ahead; 8 bits do better with more warps than with that.
-    constexpr bool AHEAD = BITS == 4 && NT * MT == 1;
-    uint4 b[AHEAD ? 4 : 1][NT];
+    // x for a turn, each piece asked for again as soon as it's used.
+    uint4 b[4][NT];
     auto load_x = [&](int j, int turn) {
         // After a tile's last turn comes the first of the next: the same x again.
         const int group = min(warp + (turn < turns ? turn : 0) * WARPS, groups - 1);
 #pragma unroll
-        for (int n = 0; n < NT; n++) b[AHEAD ? j : 0][n] = *(const uint4*)(x[n] + group * GROUP + 32 * j);
+        for (int n = 0; n < NT; n++) b[j][n] = *(const uint4*)(x[n] + group * GROUP + 32 * j);
     };
 
 #pragma unroll
@@ -131,8 +128,10 @@ __device__ __forceinline__ void skinny(const SkinnyQ& p) {
                     float d[MT][NT][4] = {};
 #pragma unroll
                     for (int j = 0; j < 4; j++) {
-                        if (!AHEAD) load_x(j, turn + s);
-                        const uint4(&bj)[NT] = b[AHEAD ? j : 0];
+                        uint4 now[NT];
+#pragma unroll
+                        for (int n = 0; n < NT; n++)
+                            now[n] = AHEAD ? b[j][n] : *(const uint4*)(x[n] + group * GROUP + 32 * j);
 #pragma unroll
                         for (int i = 0; i < MT; i++) {
                             u32 low[4], high[4];
@@ -145,8 +144,8 @@ __device__ __forceinline__ void skinny(const SkinnyQ& p) {
                             piece(1, high);
 #pragma unroll
                             for (int n = 0; n < NT; n++) {
-                                mma(d[i][n], low[0], high[0], low[1], high[1], bj[n].x, bj[n].y);
-                                mma(d[i][n], low[2], high[2], low[3], high[3], bj[n].z, bj[n].w);
+                                mma(d[i][n], low[0], high[0], low[1], high[1], now[n].x, now[n].y);
+                                mma(d[i][n], low[2], high[2], low[3], high[3], now[n].z, now[n].w);
                             }
                         }
                         if (AHEAD) load_x(j, turn + s + 1);
@@ -219,18 +218,20 @@ __device__ __forceinline__ void skinny(const SkinnyQ& p) {
     }
 }
 
-#define SKINNY(OP, NAME, BITS, W, MT, NT, ST)                                        \
-    KERNEL __launch_bounds__(32 * W, (BITS == 8 && NT * MT == 1 ? 24 : 16) / W) skinny##BITS##_##NAME##_w##W##_m##MT##_n##NT(   \
-        const __grid_constant__ SkinnyQ p) {                                         \
-        skinny<OP, BITS, W, MT, NT, ST>(p);                                          \
+// AHEAD: whether there is room in registers to ask for x ahead of its turn. BOUNDS: what the
+// compiler makes registers fit: threads, and blocks of a multiprocessor (left to it with 8 bits).
+#define SKINNY(OP, NAME, BITS, MT, NT, STAGES, AHEAD, BOUNDS)                           \
+    KERNEL __launch_bounds__ BOUNDS skinny##BITS##_##NAME##_w8_m##MT##_n##NT(           \
+        const __grid_constant__ SkinnyQ p) {                                            \
+        skinny<OP, BITS, 8, MT, NT, STAGES, AHEAD>(p);                                  \
     }
-#define SKINNY_TILES(OP, NAME)       \
-    SKINNY(OP, NAME, 8, 8, 1, 1, 2)  \
-    SKINNY(OP, NAME, 8, 8, 2, 1, 2)  \
-    SKINNY(OP, NAME, 8, 8, 1, 2, 2)  \
-    SKINNY(OP, NAME, 4, 8, 1, 1, 3)  \
-    SKINNY(OP, NAME, 4, 8, 2, 1, 3)  \
-    SKINNY(OP, NAME, 4, 8, 1, 2, 3)
+#define SKINNY_TILES(OP, NAME)                    \
+    SKINNY(OP, NAME, 8, 1, 1, 2, false, (256))    \
+    SKINNY(OP, NAME, 8, 2, 1, 2, false, (256))    \
+    SKINNY(OP, NAME, 8, 1, 2, 2, false, (256, 2)) \
+    SKINNY(OP, NAME, 4, 1, 1, 3, true, (256, 2))  \
+    SKINNY(OP, NAME, 4, 2, 1, 3, false, (256, 2)) \
+    SKINNY(OP, NAME, 4, 1, 2, 3, false, (256, 2))
 SKINNY_TILES(QKV, qkv)
 SKINNY_TILES(RESIDUAL, residual)
 SKINNY_TILES(GATE_UP, gate_up)

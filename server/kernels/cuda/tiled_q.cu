@@ -49,7 +49,6 @@ __device__ __forceinline__ void tiled(const TiledQ& p) {
     const int wn = warp % WARPS_N * WN, wm = warp / WARPS_N * WM;
     const int begin = blockIdx.z * p.steps;
     const int steps = min(p.steps, p.k / STEP - begin);
-    const size_t row_bytes = (size_t)p.k * BITS / 8;
 
     auto load_x = [&](half* to, int step) {
 #pragma unroll
@@ -63,7 +62,7 @@ __device__ __forceinline__ void tiled(const TiledQ& p) {
     auto pair_at = [&](int step, int i) {
         const int unit = i * THREADS + threadIdx.x, row = min(m0 + unit / 4, p.m - 1), t = unit % 4;
         const int group = (begin + step) / 2, h = (begin + step) % 2;
-        return p.w + row * row_bytes + group * GROUP_BYTES<BITS> + piece_at<BITS>(t, 2 * h);
+        return p.w + group_at<BITS>(row, group, p.k / GROUP) + piece_at<BITS>(t, 2 * h);
     };
     Sums<NT, MT> sums = {};
 
@@ -173,10 +172,10 @@ __device__ __forceinline__ void tiled(const TiledQ& p) {
 
 #define TILED(OP, NAME, BITS)                                                                    \
     KERNEL __launch_bounds__(128) tiled##BITS##_##NAME##_64(const __grid_constant__ TiledQ p) {  \
-        tiled<OP, BITS, 64, 64, 16, 32>(p);                                                      \
+        tiled<OP, BITS, 64, 64, 32, 32>(p);                                                      \
     }                                                                                            \
-    KERNEL __launch_bounds__(256) tiled##BITS##_##NAME##_128(const __grid_constant__ TiledQ p) { \
-        tiled<OP, BITS, 128, 64, 32, 32>(p);                                                     \
+    KERNEL __launch_bounds__(128) tiled##BITS##_##NAME##_128(const __grid_constant__ TiledQ p) { \
+        tiled<OP, BITS, 128, 64, 64, 32>(p);                                                     \
     }
 TILED(F16, f16, 8)
 TILED(F32, f32, 8)

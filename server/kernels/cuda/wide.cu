@@ -1,15 +1,12 @@
 // Rows times a weight matrix on Hopper's own matrix instructions (wgmma), fed by its copy engine:
 // many rows.
 //
-// One warpgroup's first thread keeps a ring of stages full (tiles of 64 values along k, 128-byte
-// swizzle); two warpgroups multiply, 64 rows of the A operand each. Blocks stay and take tile after
+// One warp's first thread keeps a ring of stages full (tiles of 64 values along k, 128-byte swizzle);
+// two warpgroups multiply, 64 rows of the A operand each. Blocks stay and take tile after
 // tile, so that the ring runs on while results are written. Weights are A where rows are few (they
 // are B then, as many columns as there are rows), else B, 128 or 256 of them.
+#include "ring.cuh"
 #include "wgmma.cuh"
-
-struct alignas(64) TensorMap {
-    u64 opaque[16];
-};
 
 struct Wide {
     TensorMap a, b;
@@ -17,45 +14,18 @@ struct Wide {
     float* sums;  // F32: [parts, n, m]
     int m, k, n;
     int parts, steps;  // parts of k, and steps of 64 in each
+    int stages;
     // The maps of A, B: which one is of the activations is known to the kernel.
 };
 
 enum Op { F16, F32, GATE_UP };
 
 constexpr int STEP = 64, TILE_A = 128;
-constexpr int THREADS = 384;
+// Two warpgroups that multiply, and a warp that copies.
+constexpr int CONSUMERS = 256, THREADS = CONSUMERS + 32;
+constexpr int MOST_STAGES = 16;
 // Tiles of rows that are gone through before the next outputs.
 constexpr int ROW_TILES = 16;
-
-__device__ __forceinline__ void barrier_init(u32 barrier, u32 count) {
-    asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(barrier), "r"(count) : "memory");
-}
-__device__ __forceinline__ void barrier_expect(u32 barrier, u32 bytes) {
-    asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
-}
-__device__ __forceinline__ void barrier_arrive(u32 barrier) {
-    asm volatile("mbarrier.arrive.shared.b64 _, [%0];" ::"r"(barrier) : "memory");
-}
-__device__ __forceinline__ void barrier_wait(u32 barrier, u32 parity) {
-    asm volatile(
-        "{.reg .pred p;\n"
-        "again:\n"
-        "mbarrier.try_wait.parity.shared.b64 p, [%0], %1;\n"
-        "@p bra done;\n"
-        "bra again;\n"
-        "done:}" ::"r"(barrier), "r"(parity)
-        : "memory");
-}
-__device__ __forceinline__ void copy_tile(u32 to, const TensorMap* map, int k, int row, u32 barrier) {
-    asm volatile(
-        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes "
-        "[%0], [%1, {%2, %3}], [%4];" ::"r"(to), "l"(map), "r"(k), "r"(row), "r"(barrier)
-        : "memory");
-}
-// Shared memory with 128-byte swizzle: eight rows take 1024 bytes.
-__device__ __forceinline__ u64 descriptor(u32 address) {
-    return (u64)((address & 0x3ffff) >> 4) | (u64)1 << 16 | (u64)(1024 >> 4) << 32 | (u64)1 << 62;
-}
 
 struct Place {
     int a, b, part;
@@ -76,35 +46,33 @@ template <bool ROWS_ARE_A> __device__ __forceinline__ Place place_of(int tile, i
     return place;
 }
 
-template <int OP, bool ROWS_ARE_A, int BN, int STAGES> __device__ __forceinline__ void wide(const Wide& p) {
+template <int OP, bool ROWS_ARE_A, int BN> __device__ __forceinline__ void wide(const Wide& p) {
     constexpr int A_BYTES = TILE_A * STEP * 2, B_BYTES = BN * STEP * 2, BYTES = A_BYTES + B_BYTES;
     let_next_begin();
     extern __shared__ unsigned char memory[];
     const u32 barriers = shared_address(memory);  // full, then empty
-    const u32 stages = (barriers + 16 * STAGES + 1023) / 1024 * 1024;
+    const u32 stages = (barriers + 16 * MOST_STAGES + 1023) / 1024 * 1024;
     auto full = [&](int s) { return barriers + 8 * s; };
-    auto empty = [&](int s) { return barriers + 8 * (STAGES + s); };
+    auto empty = [&](int s) { return barriers + 8 * (MOST_STAGES + s); };
     const int as = ((ROWS_ARE_A ? p.n : p.m) + TILE_A - 1) / TILE_A;
     const int bs = ((ROWS_ARE_A ? p.m : p.n) + BN - 1) / BN;
     const int tiles = as * bs * p.parts;
     const int steps_all = (p.k + STEP - 1) / STEP;
 
     if (threadIdx.x == 0) {
-        for (int s = 0; s < STAGES; s++) barrier_init(full(s), 1), barrier_init(empty(s), 2);
-        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-        asm volatile("fence.proxy.async;" ::: "memory");
+        for (int s = 0; s < p.stages; s++) barrier_init(full(s), 1), barrier_init(empty(s), 2);
+        barriers_made();
     }
     __syncthreads();
 
-    const int warpgroup = threadIdx.x / 128;
-    if (warpgroup == 0) {
-        if (threadIdx.x == 0) {
+    if (threadIdx.x >= CONSUMERS) {
+        if (threadIdx.x == CONSUMERS) {
             // Weights don't depend on the kernel before this one: the first of them go ahead.
             int ahead = 0;
             {
                 Place place = place_of<ROWS_ARE_A>(blockIdx.x, as, bs);
                 int begin = place.part * p.steps, steps = min(p.steps, steps_all - begin);
-                for (; ahead < min(STAGES, steps); ahead++) {
+                for (; ahead < min(p.stages, steps); ahead++) {
                     u32 to = stages + ahead * BYTES;
                     barrier_expect(full(ahead), BYTES);
                     if (ROWS_ARE_A) copy_tile(to + A_BYTES, &p.b, (begin + ahead) * STEP, place.b * BN, full(ahead));
@@ -129,7 +97,7 @@ template <int OP, bool ROWS_ARE_A, int BN, int STAGES> __device__ __forceinline_
                     } else {
                         copy_tile(to + A_BYTES, &p.b, k, place.b * BN, full(stage));
                     }
-                    if (++stage == STAGES) stage = 0, parity ^= 1;
+                    if (++stage == p.stages) stage = 0, parity ^= 1;
                 }
             }
         }
@@ -137,7 +105,7 @@ template <int OP, bool ROWS_ARE_A, int BN, int STAGES> __device__ __forceinline_
     }
 
     wait_for_previous();
-    const int half_a = warpgroup - 1;
+    const int half_a = threadIdx.x / 128;
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4, g = lane / 4, t = lane % 4;
     const bool first_thread = threadIdx.x % 128 == 0;
     int stage = 0, parity = 0;
@@ -158,7 +126,7 @@ template <int OP, bool ROWS_ARE_A, int BN, int STAGES> __device__ __forceinline_
             asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory");
             if (before >= 0 && first_thread) barrier_arrive(empty(before));
             before = stage;
-            if (++stage == STAGES) stage = 0, parity ^= 1;
+            if (++stage == p.stages) stage = 0, parity ^= 1;
         }
         asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
         if (before >= 0 && first_thread) barrier_arrive(empty(before));
@@ -214,25 +182,20 @@ template <int OP, bool ROWS_ARE_A, int BN, int STAGES> __device__ __forceinline_
 }
 
 // Few rows: weights are A.
-#define FEW(OP, NAME, BN, STAGES)                                                             \
+#define FEW(OP, NAME, BN)                                                                        \
     KERNEL __launch_bounds__(THREADS, 1) wide_few_##NAME##_##BN(const __grid_constant__ Wide p) { \
-        wide<OP, false, BN, STAGES>(p);                                                       \
+        wide<OP, false, BN>(p);                                                                  \
     }
 #define FEW_SIZES(OP, NAME) \
-    FEW(OP, NAME, 32, 10)   \
-    FEW(OP, NAME, 64, 9)    \
-    FEW(OP, NAME, 96, 8)    \
-    FEW(OP, NAME, 128, 7)   \
-    FEW(OP, NAME, 192, 5)   \
-    FEW(OP, NAME, 256, 4)
+    FEW(OP, NAME, 32) FEW(OP, NAME, 64) FEW(OP, NAME, 96) FEW(OP, NAME, 128) FEW(OP, NAME, 192) FEW(OP, NAME, 256)
 FEW_SIZES(F32, f32)
 FEW_SIZES(GATE_UP, gate_up)
 // Many rows: rows are A.
-#define MANY(OP, NAME, BN, STAGES)                                                             \
+#define MANY(OP, NAME, BN)                                                                        \
     KERNEL __launch_bounds__(THREADS, 1) wide_many_##NAME##_##BN(const __grid_constant__ Wide p) { \
-        wide<OP, true, BN, STAGES>(p);                                                         \
+        wide<OP, true, BN>(p);                                                                    \
     }
-#define MANY_SIZES(OP, NAME) MANY(OP, NAME, 128, 7) MANY(OP, NAME, 256, 4)
+#define MANY_SIZES(OP, NAME) MANY(OP, NAME, 128) MANY(OP, NAME, 256)
 MANY_SIZES(F16, f16)
 MANY_SIZES(F32, f32)
 MANY_SIZES(GATE_UP, gate_up)

@@ -1,5 +1,6 @@
 //! The control port: the operator sets the dials and takes the replica out of the rotation.
 
+pub mod profile;
 mod token;
 
 use std::sync::Arc;
@@ -38,6 +39,7 @@ pub fn router(control: Arc<Control>) -> Router {
         .route("/control/v1/limits", get(get_limits).patch(patch_limits))
         .route("/control/v1/state", get(state))
         .route("/control/v1/drain", post(leave).delete(rejoin))
+        .merge(profile::routes())
         .method_not_allowed_fallback(method_not_allowed)
         .fallback(unknown_route)
         .layer(middleware::from_fn_with_state(

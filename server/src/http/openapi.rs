@@ -28,6 +28,7 @@ use crate::openai::error::ApiError;
         crate::control::state,
         crate::control::leave,
         crate::control::rejoin,
+        crate::control::profile::profile,
     ),
     tags(
         (name = "openai", description = "OpenAI's API (public port)"),

@@ -16,10 +16,13 @@ use crate::{AttentionShape, BLOCK_SIZE, KernelError};
 const HEAD_SIZES: [usize; 3] = [64, 96, 128];
 /// Query heads that share a KV head, at most.
 const MOST_GROUP: usize = 8;
+/// Warps of a block of threads in `decode`, and how many warps there may be for each multiprocessor:
+/// more are cut into smaller blocks (as measured).
+const DECODE_WARPS: [(usize, usize); 4] = [(8, 8), (4, 12), (2, 16), (1, 16)];
+/// Blocks of threads for each multiprocessor from which on warps of `prefill` have 32 rows.
+const MANY_BLOCKS: usize = 4;
 /// Rows of a block of threads in `prefill`.
 const TILE_ROWS: usize = 128;
-/// Bytes of shared memory of `prefill` for each value of a head's size.
-const PREFILL_SHARED: usize = 2 * 4 * 2 * BLOCK_SIZE * size_of::<f16>();
 
 /// Heads and where their keys and values are.
 #[derive(Clone, Copy, Debug)]
@@ -28,22 +31,11 @@ pub struct CacheShape {
     pub blocks: usize,
 }
 
-/// Queries, keys and values as their projection left them.
-#[derive(Clone, Copy, Debug)]
-pub enum Qkv<'a> {
-    /// `[rows, width]`.
-    F16(Slice<'a, f16>),
-    /// To be summed: `[parts, rows, width]`.
-    Sums {
-        values: Slice<'a, f32>,
-        parts: usize,
-    },
-}
-
 /// What the kernels of a layer's attention share.
 #[derive(Clone, Copy, Debug)]
 pub struct Attention<'a> {
-    pub qkv: Qkv<'a>,
+    /// Queries, keys and values of each row, as their projection left them.
+    pub qkv: Slice<'a, f16>,
     /// Rows of the step.
     pub rows: usize,
     /// (cosine, sine) of each position and pair.
@@ -63,11 +55,8 @@ pub struct Attention<'a> {
 
 #[repr(C)]
 #[derive(Clone, Copy)]
-pub(crate) struct QkvParameters {
-    f16: u64,
-    partials: u64,
-    parts: i32,
-    part_stride: u64,
+struct QkvParameters {
+    values: u64,
     width: i32,
     rope: u64,
     rotated: i32,
@@ -86,7 +75,6 @@ struct DecodeParameters {
     qkv: QkvParameters,
     kv: ShapeParameters,
     cache: u64,
-    rows: u64,
     sequences: u64,
     tables: u64,
     out: u64,
@@ -118,17 +106,33 @@ struct PrefillParameters {
     scale: f32,
 }
 
+fn decode_kernel(size: usize, warps: usize) -> String {
+    format!("decode_{size}_w{warps}")
+}
+
 pub(crate) fn decode_kernels() -> Vec<(String, u32)> {
     HEAD_SIZES
         .into_iter()
-        .flat_map(|size| [4, 8].map(|warps| (format!("decode_{size}_w{warps}"), 0)))
+        .flat_map(|size| DECODE_WARPS.map(|(warps, _)| (decode_kernel(size, warps), 0)))
         .collect()
 }
 
-pub(crate) fn prefill_kernels() -> Vec<(String, u32)> {
+pub(crate) fn prefill_kernels(capability: u32) -> Vec<(String, u32)> {
+    let kernel = |size, rows| (prefill_kernel(size, rows), prefill_shared(size, capability));
     HEAD_SIZES
-        .map(|size| (format!("prefill_{size}"), (PREFILL_SHARED * size) as u32))
-        .into()
+        .into_iter()
+        .flat_map(|size| [kernel(size, 16), kernel(size, 32)])
+        .collect()
+}
+
+fn prefill_kernel(size: usize, warp_rows: usize) -> String {
+    format!("prefill_{size}_{warp_rows}")
+}
+
+/// Bytes of shared memory of `prefill`: twice some blocks' keys and values, and the queries.
+fn prefill_shared(size: usize, capability: u32) -> u32 {
+    let blocks = if capability >= 80 { 4 } else { 2 };
+    ((2 * blocks * 2 * BLOCK_SIZE + TILE_ROWS) * size * size_of::<f16>()) as u32
 }
 
 impl CacheShape {
@@ -187,36 +191,16 @@ impl CacheShape {
     }
 }
 
-impl Qkv<'_> {
-    /// Checked for so many rows of `width`, and not to be rotated.
-    pub(crate) fn parameters(&self, rows: usize, width: usize) -> Result<QkvParameters, CudaError> {
-        let (mut f16, mut partials, mut count) = (0, 0, 0);
-        match *self {
-            Self::F16(values) => f16 = values.at_least("queries, keys and values", rows * width)?,
-            Self::Sums { values, parts } => {
-                partials = values.at_least("queries, keys and values", parts * rows * width)?;
-                count = parts as i32;
-            }
-        }
-        Ok(QkvParameters {
-            f16,
-            partials,
-            parts: count,
-            part_stride: (rows * width) as u64,
-            width: width as i32,
-            rope: 0,
-            rotated: 0,
-        })
-    }
-}
-
 impl Attention<'_> {
     fn qkv(&self) -> Result<QkvParameters, CudaError> {
         let width = self.shape.attention.qkv_width();
         Ok(QkvParameters {
+            values: self
+                .qkv
+                .at_least("queries, keys and values", self.rows * width)?,
+            width: width as i32,
             rope: self.rope.pointer(),
             rotated: self.rotated as i32,
-            ..self.qkv.parameters(self.rows, width)?
         })
     }
 
@@ -250,7 +234,6 @@ impl Kernels {
             qkv: a.qkv()?,
             kv: a.shape.parameters(),
             cache: a.cache()?,
-            rows: a.step_rows.at_least("rows of a step", sequences)?,
             sequences: a.sequences.at_least("sequences of a step", sequences)?,
             tables: a.tables.pointer(),
             out: a.out()?,
@@ -260,13 +243,18 @@ impl Kernels {
             scale: a.shape.scale(),
         };
         // Few blocks of threads: more warps for each, to have a context read sooner.
-        let few = sequences * shape.kv_heads <= self.gpu().processors() as usize;
-        let warps = if few { 8 } else { 4 };
-        let kernel = self.kernel(&format!("decode_{}_w{warps}", shape.head_size))?;
+        let blocks = sequences * shape.kv_heads;
+        let processors = self.gpu().processors() as usize;
+        let (warps, _) = DECODE_WARPS
+            .into_iter()
+            .find(|(warps, resident)| blocks * warps <= resident * processors)
+            .unwrap_or((1, 0));
+        let kernel = self.kernel(&decode_kernel(shape.head_size, warps))?;
+        let each = 2 * MOST_GROUP + a.shape.group() * (shape.head_size + 4);
         let launch = Shape {
             grid: [shape.kv_heads as u32, sequences as u32, parts as u32],
-            threads: 32 * warps,
-            shared: 0,
+            threads: 32 * warps as u32,
+            shared: (warps * each * size_of::<f32>()) as u32,
             early: true,
         };
         // SAFETY: sizes were checked above; positions and block ids are the caller's to check.
@@ -321,11 +309,15 @@ impl Kernels {
             out: a.out()?,
             scale: a.shape.scale(),
         };
-        let kernel = self.kernel(&format!("prefill_{}", shape.head_size))?;
+        // Rows of a warp: many where there are blocks of threads for several rounds.
+        let blocks = shape.kv_heads * tiles.len();
+        let many = blocks >= MANY_BLOCKS * self.gpu().processors() as usize;
+        let warp_rows = if many { 32 } else { 16 };
+        let kernel = self.kernel(&prefill_kernel(shape.head_size, warp_rows))?;
         let launch = Shape {
             grid: [shape.kv_heads as u32, tiles.len() as u32, 1],
-            threads: 256,
-            shared: (PREFILL_SHARED * shape.head_size) as u32,
+            threads: (32 * TILE_ROWS / warp_rows) as u32,
+            shared: prefill_shared(shape.head_size, self.gpu().capability()),
             early: true,
         };
         // SAFETY: as in `decode`.

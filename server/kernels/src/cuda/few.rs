@@ -1,4 +1,5 @@
-//! Products of few rows: the weights stream past them (skinny.cu).
+//! Products of few rows, whose time is that of reading the weights: through shared memory on Hopper
+//! (thin.cu), else straight into registers (skinny.cu).
 #![allow(unsafe_code)]
 
 use half::f16;
@@ -8,21 +9,26 @@ use super::{
     launch::{Kernels, Shape},
     memory::Slice,
     stream::Stream,
+    thin::{self, THIN_ROWS},
     weights::Weights,
 };
 use crate::error::check;
 
-/// Most rows that this form takes.
-pub const FEW_ROWS: usize = 32;
+/// Most rows that this form takes on any GPU; [`Kernels::few_rows`] tells how many on this one.
+pub const FEW_ROWS: usize = SKINNY_ROWS;
+/// Those where weights go into registers.
+const SKINNY_ROWS: usize = 32;
 
 /// Blocks of 8 warps that a multiprocessor holds, by their registers.
 const BLOCKS_PER_PROCESSOR: u32 = 3;
 
-/// How a product is cut: warps that split k, and tiles of 16 outputs a block of threads.
+/// How a product is cut.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct FewTile {
-    pub warps: u32,
-    pub tiles: u32,
+pub enum FewTile {
+    /// Warps that split k, and tiles of 16 outputs a block of threads.
+    Skinny { warps: u32, tiles: u32 },
+    /// Outputs of a tile.
+    Thin { outputs: usize },
 }
 
 /// Cuts that are compiled: (warps, tiles of outputs, groups of 8 rows).
@@ -65,6 +71,12 @@ pub enum FewOut<'a> {
     F16(Slice<'a, f16>),
     /// `[rows, outputs]`.
     F32(Slice<'a, f32>),
+    /// Logits, `[rows, outputs]`, and the highest of each part of them, `[rows, parts]`, of which
+    /// [`Kernels::few`] gives the number; 0: it has not been looked for.
+    Logits {
+        logits: Slice<'a, f32>,
+        best: Slice<'a, u64>,
+    },
     /// silu(gate) x up, `[rows, outputs / 2]`, where the matrix holds both interleaved.
     GateUp(Slice<'a, f16>),
     /// Added to the residual; and the new residual times the next norm's weights, with its squares.
@@ -77,11 +89,11 @@ pub enum FewOut<'a> {
     },
 }
 
+/// What the kernels of both forms take.
 #[repr(C)]
 #[derive(Default)]
-struct Parameters {
-    w: u64,
-    x: u64,
+pub(super) struct Parameters {
+    pub(super) x: u64,
     squares: u64,
     out: u64,
     residual: u64,
@@ -89,11 +101,18 @@ struct Parameters {
     next: u64,
     next_squares: u64,
     logits: u64,
+    best: u64,
     m: i32,
     k: i32,
-    n: i32,
+    pub(super) n: i32,
     square_parts: i32,
     epsilon: f32,
+}
+
+#[repr(C)]
+struct SkinnyParameters {
+    w: u64,
+    common: Parameters,
 }
 
 pub(super) const OPERATIONS: [&str; 4] = ["qkv", "residual", "gate_up", "head"];
@@ -112,27 +131,14 @@ fn name(operation: &str, warps: u32, tiles: u32, groups: u32) -> String {
     format!("skinny_{operation}_w{warps}_m{tiles}_n{groups}")
 }
 
-impl FewTile {
-    /// All that can be asked for with so many rows.
-    pub fn all(rows: usize) -> Vec<Self> {
-        let groups = groups(rows);
-        CUTS.iter()
-            .filter(|cut| cut.2 == groups)
-            .map(|&(warps, tiles, _)| Self { warps, tiles })
-            .collect()
-    }
-
-    /// What is fastest on the whole, as measured (docs/kernels.md).
-    fn best(out: &FewOut, rows: usize) -> Self {
-        let (warps, tiles) = match (out, groups(rows)) {
-            (FewOut::GateUp(_), 1) | (FewOut::F16(_), 2) | (_, 4) => (8, 2),
-            _ => (8, 1),
-        };
-        Self { warps, tiles }
-    }
-
-    fn outputs(self) -> usize {
-        16 * self.tiles as usize
+impl FewOut<'_> {
+    pub(super) fn operation(&self) -> &'static str {
+        match self {
+            Self::F16(_) => "qkv",
+            Self::F32(_) | Self::Logits { .. } => "head",
+            Self::GateUp(_) => "gate_up",
+            Self::Residual { .. } => "residual",
+        }
     }
 }
 
@@ -146,13 +152,56 @@ pub(super) fn groups(rows: usize) -> u32 {
 }
 
 impl Kernels {
+    /// Most rows that this form takes on this GPU.
+    pub fn few_rows(&self) -> usize {
+        match self.has_wgmma() {
+            true => THIN_ROWS,
+            false => SKINNY_ROWS,
+        }
+    }
+
+    /// All cuts of a product of so many rows that can be asked for.
+    pub fn few_tiles(&self, out: &FewOut, rows: usize) -> Vec<FewTile> {
+        let groups = groups(rows);
+        let skinny = CUTS
+            .iter()
+            .filter(|cut| rows <= SKINNY_ROWS && cut.2 == groups)
+            .map(|&(warps, tiles, _)| FewTile::Skinny { warps, tiles });
+        let thin = thin::sizes(out)
+            .iter()
+            .filter(|_| self.has_wgmma())
+            .map(|&outputs| FewTile::Thin { outputs });
+        skinny.chain(thin).collect()
+    }
+
+    /// What is fastest on the whole, as measured (docs/kernels.md).
+    fn few_tile(&self, out: &FewOut, outputs: usize, rows: usize) -> FewTile {
+        if self.has_wgmma() {
+            let processors = self.gpu().processors() as usize;
+            return FewTile::Thin {
+                outputs: thin::best(out, outputs, processors),
+            };
+        }
+        let (warps, tiles) = match (out, groups(rows)) {
+            (FewOut::GateUp(_), 1) | (FewOut::F16(_), 2) | (_, 4) => (8, 2),
+            _ => (8, 1),
+        };
+        FewTile::Skinny { warps, tiles }
+    }
+
     /// Most parts that [`FewOut::Residual`] gives its squares in, for so many outputs.
     pub fn few_square_parts(outputs: usize) -> usize {
         outputs.div_ceil(16)
     }
 
-    /// `x * w^T` for at most [`FEW_ROWS`] rows, and what follows it. Gives the parts that
-    /// [`FewOut::Residual`] has its squares in. `tile` chooses how it's cut; `None`: the best known.
+    /// Most parts that [`FewOut::Logits`] looks for the highest in.
+    pub fn few_best_parts(outputs: usize) -> usize {
+        outputs.div_ceil(128)
+    }
+
+    /// `x * w^T` for at most [`Kernels::few_rows`] rows, and what follows it. Gives the parts that
+    /// [`FewOut::Residual`] has its squares in, or [`FewOut::Logits`] its highest. `tile` chooses
+    /// how it's cut; `None`: the best known.
     pub fn few(
         &self,
         stream: &Stream,
@@ -162,14 +211,16 @@ impl Kernels {
         out: FewOut,
         tile: Option<FewTile>,
     ) -> Result<usize, CudaError> {
-        if rows > FEW_ROWS {
-            check("rows of a product of few", rows, FEW_ROWS)?;
+        if rows > self.few_rows() {
+            check("rows of a product of few", rows, self.few_rows())?;
         }
         let (m, k) = (w.rows(), w.cols());
-        let tile = tile.unwrap_or_else(|| FewTile::best(&out, rows));
-        let parts = m.div_ceil(tile.outputs());
+        let tile = tile.unwrap_or_else(|| self.few_tile(&out, m, rows));
+        let parts = m.div_ceil(match tile {
+            FewTile::Skinny { tiles, .. } => 16 * tiles as usize,
+            FewTile::Thin { outputs } => outputs,
+        });
         let mut p = Parameters {
-            w: w.values().pointer(),
             x: input.x.at_least("input of a product", rows * k)?,
             m: m as i32,
             k: k as i32,
@@ -182,19 +233,18 @@ impl Kernels {
             p.squares = squares.values.at_least("squares of a norm", needed)?;
             p.square_parts = squares.parts as i32;
         }
-        let operation = match out {
-            FewOut::F16(to) => {
-                p.out = to.at_least("output of a product", rows * m)?;
-                "qkv"
-            }
-            FewOut::F32(to) => {
-                p.logits = to.at_least("output of a product", rows * m)?;
-                "head"
+        match out {
+            FewOut::F16(to) => p.out = to.at_least("output of a product", rows * m)?,
+            FewOut::F32(to) => p.logits = to.at_least("output of a product", rows * m)?,
+            FewOut::Logits { logits, best } => {
+                p.logits = logits.at_least("logits", rows * m)?;
+                if matches!(tile, FewTile::Thin { .. }) {
+                    p.best = best.at_least("highest logits", rows * parts)?;
+                }
             }
             FewOut::GateUp(to) => {
                 check("rows of gate and up", m % 16, 0)?;
                 p.out = to.at_least("output of gate and up", rows * m / 2)?;
-                "gate_up"
             }
             FewOut::Residual {
                 residual,
@@ -206,24 +256,44 @@ impl Kernels {
                 p.next_norm = next_norm.at_least("weights of a norm", m)?;
                 p.next = next.at_least("input of the next product", rows * m)?;
                 p.next_squares = squares.at_least("squares of a norm", rows * parts)?;
-                "residual"
             }
+        }
+        let found = match (&out, p.best) {
+            (FewOut::Logits { .. }, 0) => 0,
+            _ => parts,
         };
-        let kernel = self.kernel(&name(operation, tile.warps, tile.tiles, groups(rows)))?;
-        let shape = Shape {
-            // What runs at once; with rather few tiles a block each.
-            grid: [
-                (parts as u32).min(BLOCKS_PER_PROCESSOR * 8 / tile.warps * self.gpu().processors()),
-                u32::from(rows > 0),
-                1,
-            ],
-            threads: 32 * tile.warps,
-            shared: 0,
-            early: true,
-        };
-        // SAFETY: the sizes of all that the kernel reads and writes were checked above; a `Weights`
-        // has `m k` values, in multiples of what the kernel takes at once.
-        unsafe { self.launch(stream, kernel, shape, &p) }?;
-        Ok(parts)
+        let operation = out.operation();
+        match tile {
+            FewTile::Thin { outputs } => {
+                // Pairs of outputs are written at once.
+                if operation != "head" {
+                    check("outputs of a product", m % 2, 0)?;
+                }
+                thin::launch(self, stream, w, p, operation, outputs)?;
+            }
+            FewTile::Skinny { warps, tiles } => {
+                let kernel = self.kernel(&name(operation, warps, tiles, groups(rows)))?;
+                let processors = self.gpu().processors();
+                let shape = Shape {
+                    // What runs at once; with rather few tiles a block each.
+                    grid: [
+                        (parts as u32).min(BLOCKS_PER_PROCESSOR * 8 / warps * processors),
+                        u32::from(rows > 0),
+                        1,
+                    ],
+                    threads: 32 * warps,
+                    shared: 0,
+                    early: true,
+                };
+                let p = SkinnyParameters {
+                    w: w.values().pointer(),
+                    common: p,
+                };
+                // SAFETY: the sizes of all that the kernel reads and writes were checked above; a
+                // `Weights` has `m k` values, in multiples of what the kernel takes at once.
+                unsafe { self.launch(stream, kernel, shape, &p) }?;
+            }
+        }
+        Ok(found)
     }
 }

@@ -4,7 +4,6 @@
 use half::f16;
 
 use super::{
-    attention::{Qkv, QkvParameters},
     error::CudaError,
     launch::{Kernels, Shape},
     memory::Slice,
@@ -24,11 +23,11 @@ pub struct Heads<'a> {
 
 #[repr(C)]
 struct Parameters {
-    qkv: QkvParameters,
+    qkv: u64,
+    width: i32,
     bias: u64,
     query_norm: u64,
     key_norm: u64,
-    out: u64,
     heads: i32,
     kv_heads: i32,
     size: i32,
@@ -36,16 +35,14 @@ struct Parameters {
 }
 
 impl Kernels {
-    /// Adds the bias, norms the heads and writes `out`, `[rows, qkv_width]`, which may be where
-    /// `qkv` is.
+    /// Adds the bias and norms the heads of `qkv`, `[rows, qkv_width]`.
     pub fn finish_heads(
         &self,
         stream: &Stream,
         rows: usize,
         shape: AttentionShape,
-        qkv: Qkv,
+        qkv: Slice<f16>,
         heads: Heads,
-        out: Slice<f16>,
     ) -> Result<(), CudaError> {
         let width = shape.qkv_width();
         let (mut query_norm, mut key_norm) = (0, 0);
@@ -60,14 +57,14 @@ impl Kernels {
             });
         }
         let p = Parameters {
-            qkv: qkv.parameters(rows, width)?,
+            qkv: qkv.at_least("queries, keys and values", rows * width)?,
+            width: width as i32,
             bias: match heads.bias {
                 Some(bias) => bias.at_least("bias of queries, keys and values", width)?,
                 None => 0,
             },
             query_norm,
             key_norm,
-            out: out.at_least("queries, keys and values", rows * width)?,
             heads: shape.heads as i32,
             kv_heads: shape.kv_heads as i32,
             size: shape.head_size as i32,

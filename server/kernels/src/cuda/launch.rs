@@ -11,6 +11,7 @@ use super::{
     error::{Context, CudaError},
     few, image, many, quantised,
     stream::Stream,
+    thin,
 };
 
 /// All kernels, loaded into a GPU.
@@ -62,18 +63,22 @@ impl Kernels {
             wide: false,
         };
         let plain = |names: &[&str]| names.iter().map(|&n| (n.to_owned(), 0)).collect::<Vec<_>>();
-        kernels.file("rows", plain(&["embed", "norm_rows", "rope_rows"]))?;
+        kernels.file(
+            "rows",
+            plain(&["embed", "norm_rows", "rope_rows", "sum_parts"]),
+        )?;
         kernels.file("sample", plain(&["choose"]))?;
         kernels.file("random", plain(&["fill"]))?;
         kernels.file("skinny", few::kernels())?;
         kernels.file("decode", attention::decode_kernels())?;
-        kernels.file("prefill", attention::prefill_kernels())?;
+        kernels.file("prefill", attention::prefill_kernels(gpu.capability()))?;
         kernels.file("tiled", many::tiled_kernels(gpu.capability()))?;
         kernels.file("heads", plain(&["finish_heads"]))?;
         kernels.file("quantise", quantised::quantise_kernels())?;
         kernels.file("skinny_q", quantised::few_kernels())?;
         kernels.file("tiled_q", quantised::tiled_kernels(gpu.capability()))?;
         kernels.wide = kernels.file("wide", many::wide_kernels())?;
+        kernels.file("thin", thin::kernels())?;
         Ok(kernels)
     }
 
@@ -104,11 +109,20 @@ impl Kernels {
             if shared > self.gpu.shared_memory() {
                 continue;
             }
-            if shared > 48 << 10 {
-                use sys::CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES as MOST;
-                // SAFETY: the function was just found.
-                unsafe { result::function::set_function_attribute(function, MOST, shared as i32) }
-                    .context("giving a kernel shared memory")?;
+            if shared > 0 {
+                use sys::CUfunction_attribute_enum as A;
+                // As many blocks of a multiprocessor as fit; and more than 48 KB for one.
+                for (attribute, value) in [
+                    (A::CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT, 100),
+                    (
+                        A::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES,
+                        shared as i32,
+                    ),
+                ] {
+                    // SAFETY: the function was just found.
+                    unsafe { result::function::set_function_attribute(function, attribute, value) }
+                        .context("giving a kernel shared memory")?;
+                }
             }
             self.functions.insert(name, Kernel { function });
         }
@@ -123,23 +137,6 @@ impl Kernels {
                 what: "finding a kernel",
                 error: format!("{name} isn't in this build for {}", self.gpu.name()),
             })
-    }
-
-    /// Blocks of so many threads, without dynamic shared memory, that a multiprocessor holds.
-    pub(crate) fn resident(&self, kernel: Kernel, threads: u32) -> Result<u32, CudaError> {
-        let mut blocks = 0;
-        // SAFETY: writes one integer; the function lives as long as `self`.
-        unsafe {
-            sys::cuOccupancyMaxActiveBlocksPerMultiprocessor(
-                &mut blocks,
-                kernel.function,
-                threads as i32,
-                0,
-            )
-        }
-        .result()
-        .context("asking for a kernel's occupancy")?;
-        Ok(blocks as u32)
     }
 
     /// What the compiler made of each kernel.

@@ -64,43 +64,39 @@ struct WideParameters {
     n: i32,
     parts: i32,
     steps: i32,
+    stages: i32,
 }
 
-/// Columns and stages of tiles whose first operand is the weights.
-const FEW_COLUMNS: [(usize, usize); 6] = [(32, 10), (64, 9), (96, 8), (128, 7), (192, 5), (256, 4)];
+/// Columns of tiles whose first operand is the weights.
+const FEW_COLUMNS: [usize; 6] = [32, 64, 96, 128, 192, 256];
 /// The same where it is the rows.
-const MANY_COLUMNS: [(usize, usize); 2] = [(128, 7), (256, 4)];
+const MANY_COLUMNS: [usize; 2] = [128, 256];
 /// Rows of a tile's first operand.
 const FIRST: usize = 128;
+/// Bytes of shared memory of a block of threads: all that a multiprocessor has. Before its stages are
+/// barriers, and what it takes to begin at a multiple of 1024.
+const MOST_SHARED: usize = 226 << 10;
+const BEFORE_STAGES: usize = 2048;
 
-fn wide_shared(columns: usize, stages: usize) -> u32 {
-    // The stages begin at a multiple of 1024 after the barriers.
-    (stages * (FIRST + columns) * STEP * 2 + 2048) as u32
+fn stages(columns: usize) -> usize {
+    (MOST_SHARED - BEFORE_STAGES) / stage_bytes(columns)
 }
 
-fn stages(columns: &[(usize, usize)], wanted: usize) -> usize {
-    columns
-        .iter()
-        .find(|(c, _)| *c == wanted)
-        .map_or(1, |(_, stages)| *stages)
+fn stage_bytes(columns: usize) -> usize {
+    (FIRST + columns) * STEP * size_of::<f16>()
+}
+
+fn wide_shared(columns: usize) -> u32 {
+    (BEFORE_STAGES + stages(columns) * stage_bytes(columns)) as u32
 }
 
 pub(crate) fn wide_kernels() -> Vec<(String, u32)> {
-    let few = FEW_COLUMNS.iter().flat_map(|&(columns, stages)| {
-        ["f32", "gate_up"].map(|op| {
-            (
-                format!("wide_few_{op}_{columns}"),
-                wide_shared(columns, stages),
-            )
-        })
+    let few = FEW_COLUMNS.iter().flat_map(|&columns| {
+        ["f32", "gate_up"].map(|op| (format!("wide_few_{op}_{columns}"), wide_shared(columns)))
     });
-    let many = MANY_COLUMNS.iter().flat_map(|&(columns, stages)| {
-        ["f16", "f32", "gate_up"].map(|op| {
-            (
-                format!("wide_many_{op}_{columns}"),
-                wide_shared(columns, stages),
-            )
-        })
+    let many = MANY_COLUMNS.iter().flat_map(|&columns| {
+        ["f16", "f32", "gate_up"]
+            .map(|op| (format!("wide_many_{op}_{columns}"), wide_shared(columns)))
     });
     few.chain(many).collect()
 }
@@ -190,11 +186,11 @@ impl Kernels {
                 parts,
             };
         }
-        let few = FEW_COLUMNS.iter().map(|&(columns, _)| (false, columns));
-        let many = MANY_COLUMNS.iter().map(|&(columns, _)| (true, columns));
+        let few = FEW_COLUMNS.iter().map(|&columns| (false, columns));
+        let many = MANY_COLUMNS.iter().map(|&columns| (true, columns));
         let mut best = ManyShape {
             rows_first: true,
-            columns: MANY_COLUMNS[0].0,
+            columns: MANY_COLUMNS[0],
             parts: 1,
         };
         let mut least = f64::INFINITY;
@@ -306,11 +302,6 @@ impl Kernels {
             return unsafe { self.launch(stream, kernel, launch, &p) };
         }
         let which = if shape.rows_first { "many" } else { "few" };
-        let table: &[(usize, usize)] = if shape.rows_first {
-            &MANY_COLUMNS
-        } else {
-            &FEW_COLUMNS
-        };
         let kernel = self.kernel(&format!(
             "wide_{which}_{}_{}",
             out.operation(),
@@ -339,12 +330,13 @@ impl Kernels {
             n: n as i32,
             parts: parts as i32,
             steps: steps as i32,
+            stages: stages(shape.columns) as i32,
         };
         let tiles = shape.tiles(m, n);
         let launch = Shape {
             grid: [tiles.min(self.gpu().processors() as usize) as u32, 1, 1],
-            threads: 384,
-            shared: wide_shared(shape.columns, stages(table, shape.columns)),
+            threads: 288,
+            shared: wide_shared(shape.columns),
             early,
         };
         // SAFETY: as above; the maps end where the matrices do.
@@ -353,7 +345,7 @@ impl Kernels {
 }
 
 /// A row-major f16 matrix as the copy engine sees it, in boxes of `rows_box` rows of 64 values.
-fn tensor_map(
+pub(super) fn tensor_map(
     pointer: u64,
     rows: usize,
     cols: usize,

@@ -28,11 +28,12 @@ mod rows;
 mod sampling;
 mod step;
 mod stream;
+mod thin;
 #[cfg(test)]
 mod turing;
 mod weights;
 
-pub use attention::{Attention, CacheShape, Qkv};
+pub use attention::{Attention, CacheShape};
 pub use driver::{Gpu, GpuOptions};
 pub use error::CudaError;
 pub use few::{FEW_ROWS, FewIn, FewOut, FewTile, Squares};
@@ -40,7 +41,7 @@ pub use heads::Heads;
 pub use launch::Kernels;
 pub use many::{ManyOut, ManyShape};
 pub use memory::{Buffer, Pinned, Plain, Slice};
-pub use quantised::{Bits, FEW_ROWS_QUANTISED, GROUP, Quantised, TiledShape};
+pub use quantised::{Bits, FEW_ROWS_QUANTISED, GROUP, Quantised, QuantisedTile, TiledShape};
 pub use rows::NormRows;
 pub use step::{NOWHERE, PREVIOUS, StepRow, StepSample, StepSequence, StepTile};
 pub use stream::{Event, Graph, Stream};

@@ -9,7 +9,7 @@ use half::f16;
 use super::{
     driver::Gpu,
     error::CudaError,
-    few::{self, FewIn, FewOut, FewTile},
+    few::{self, FewIn, FewOut},
     launch::{Kernels, Shape},
     many::{self, ManyOut},
     memory::{Buffer, Slice},
@@ -44,8 +44,16 @@ pub struct Quantised {
     cols: usize,
 }
 
-/// Cuts of products of few rows that are compiled: (warps, tiles of 16 outputs, groups of 8 rows).
-const CUTS: &[(u32, u32, u32)] = &[(8, 1, 1), (8, 2, 1), (8, 1, 2)];
+/// How a product of few rows is cut: tiles of 16 outputs of a block of threads.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct QuantisedTile {
+    pub tiles: u32,
+}
+
+/// Warps of a block that streams weights, which split k.
+const WARPS: u32 = 8;
+/// Cuts of products of few rows that are compiled: (tiles of outputs, groups of 8 rows).
+const CUTS: &[(u32, u32)] = &[(1, 1), (2, 1), (1, 2)];
 
 /// Most rows that streamed products take.
 pub const FEW_ROWS_QUANTISED: usize = 16;
@@ -69,16 +77,16 @@ pub(crate) fn few_kernels() -> Vec<(String, u32)> {
     let mut names = Vec::new();
     for bits in [8, 4] {
         for operation in few::OPERATIONS {
-            for &(warps, tiles, groups) in CUTS {
-                names.push((few_name(bits, operation, warps, tiles, groups), 0));
+            for &(tiles, groups) in CUTS {
+                names.push((few_name(bits, operation, tiles, groups), 0));
             }
         }
     }
     names
 }
 
-fn few_name(bits: usize, operation: &str, warps: u32, tiles: u32, groups: u32) -> String {
-    format!("skinny{bits}_{operation}_w{warps}_m{tiles}_n{groups}")
+fn few_name(bits: usize, operation: &str, tiles: u32, groups: u32) -> String {
+    format!("skinny{bits}_{operation}_w{WARPS}_m{tiles}_n{groups}")
 }
 
 pub(crate) fn tiled_kernels(capability: u32) -> Vec<(String, u32)> {
@@ -178,9 +186,9 @@ impl Bits {
 }
 
 impl Quantised {
-    /// Whether a matrix is made of whole groups, and its scales of whole vectors.
+    /// Whether a matrix is made of whole groups, of whole sixteens of rows.
     pub fn fits(rows: usize, cols: usize) -> bool {
-        cols.is_multiple_of(GROUP) && rows.is_multiple_of(8)
+        cols.is_multiple_of(GROUP) && rows.is_multiple_of(16)
     }
 
     fn zeroed(gpu: &Arc<Gpu>, bits: Bits, rows: usize, cols: usize) -> Result<Self, CudaError> {
@@ -207,23 +215,23 @@ impl Quantised {
     }
 
     /// All cuts that [`Kernels::few_quantised`] can be asked for with so many rows.
-    pub fn few_tiles(rows: usize) -> Vec<FewTile> {
+    pub fn few_tiles(rows: usize) -> Vec<QuantisedTile> {
         let groups = few::groups(rows);
         CUTS.iter()
-            .filter(|cut| cut.2 == groups)
-            .map(|&(warps, tiles, _)| FewTile { warps, tiles })
+            .filter(|cut| cut.1 == groups)
+            .map(|&(tiles, _)| QuantisedTile { tiles })
             .collect()
     }
 
     /// The cut that is fastest on the whole, as measured (docs/kernels.md).
-    fn best_tile(&self, out: &FewOut, rows: usize) -> FewTile {
+    fn best_tile(&self, out: &FewOut, rows: usize) -> QuantisedTile {
         let wide = match (self.bits, out) {
-            (_, FewOut::GateUp(_)) | (Bits::Four, FewOut::F16(_)) => few::groups(rows) == 1,
+            (Bits::Eight, FewOut::Residual { .. }) => true,
+            (Bits::Four, FewOut::F16(_) | FewOut::GateUp(_) | FewOut::Logits { .. }) => true,
             _ => false,
         };
-        FewTile {
-            warps: 8,
-            tiles: if wide { 2 } else { 1 },
+        QuantisedTile {
+            tiles: if wide && few::groups(rows) == 1 { 2 } else { 1 },
         }
     }
 
@@ -361,7 +369,7 @@ impl Kernels {
         input: FewIn,
         w: &Quantised,
         out: FewOut,
-        tile: Option<FewTile>,
+        tile: Option<QuantisedTile>,
     ) -> Result<usize, CudaError> {
         if rows > FEW_ROWS_QUANTISED {
             check("rows of a product of few", rows, FEW_ROWS_QUANTISED)?;
@@ -384,19 +392,14 @@ impl Kernels {
             p.squares = squares.values.at_least("squares of a norm", needed)?;
             p.square_parts = squares.parts as i32;
         }
-        let operation = match out {
-            FewOut::F16(to) => {
-                p.out = to.at_least("output of a product", rows * m)?;
-                "qkv"
-            }
-            FewOut::F32(to) => {
+        match out {
+            FewOut::F16(to) => p.out = to.at_least("output of a product", rows * m)?,
+            FewOut::F32(to) | FewOut::Logits { logits: to, .. } => {
                 p.logits = to.at_least("output of a product", rows * m)?;
-                "head"
             }
             FewOut::GateUp(to) => {
                 check("rows of gate and up", m % 16, 0)?;
                 p.out = to.at_least("output of gate and up", rows * m / 2)?;
-                "gate_up"
             }
             FewOut::Residual {
                 residual,
@@ -408,20 +411,22 @@ impl Kernels {
                 p.next_norm = next_norm.at_least("weights of a norm", m)?;
                 p.next = next.at_least("input of the next product", rows * m)?;
                 p.next_squares = squares.at_least("squares of a norm", rows * parts)?;
-                "residual"
             }
-        };
+        }
         let name = few_name(
             w.bits.count(),
-            operation,
-            tile.warps,
+            out.operation(),
             tile.tiles,
             few::groups(rows),
         );
         let kernel = self.kernel(&name)?;
-        let threads = 32 * tile.warps;
-        let resident = self.resident(kernel, threads)?;
-        let blocks = resident.max(1);
+        let threads = 32 * WARPS;
+        // Blocks of a multiprocessor, as measured: 4 bits do better with fewer, that let the next
+        // kernel begin.
+        let blocks = match (w.bits, few::groups(rows)) {
+            (Bits::Eight, 1) => 3,
+            _ => 2,
+        };
         let shape = Shape {
             grid: [
                 (parts as u32).min(blocks * self.gpu().processors()),
@@ -435,7 +440,11 @@ impl Kernels {
         // SAFETY: the sizes of all that the kernel reads and writes were checked above; a
         // `Quantised` has whole groups, and at least 16 rows as the `Weights` it was made from.
         unsafe { self.launch(stream, kernel, shape, &p) }?;
-        Ok(parts)
+        // The highest logits are not looked for.
+        Ok(match out {
+            FewOut::Logits { .. } => 0,
+            _ => parts,
+        })
     }
 
     /// How [`Kernels::many_quantised`] cuts a product. `sums`: its output is [`ManyOut::Sums`], the
@@ -498,7 +507,7 @@ impl Kernels {
                 n.div_ceil(tile) as u32,
                 parts as u32,
             ],
-            threads: 256,
+            threads: 128,
             shared: tiled_shared(tile, bits, self.gpu().capability()),
             early: true,
         };

@@ -13,8 +13,8 @@ use super::{
 };
 use crate::error::check;
 
-/// Widest row that a norm takes: what 256 threads hold in registers.
-const MOST_WIDTH: usize = 256 * 8 * 4;
+/// Widest row that a norm takes: 1024 threads with eight values each.
+const MOST_WIDTH: usize = 1024 * 8;
 
 #[repr(C)]
 struct EmbedParameters {
@@ -40,6 +40,14 @@ struct NormParameters {
     normed: u64,
     width: i32,
     epsilon: f32,
+}
+
+#[repr(C)]
+struct SumParameters {
+    partials: u64,
+    out: u64,
+    parts: i32,
+    count: i32,
 }
 
 #[repr(C)]
@@ -128,12 +136,39 @@ impl Kernels {
         };
         let shape = Shape {
             grid: [outputs as u32, 1, 1],
-            threads: 256,
+            threads: (width / 4).next_multiple_of(32).min(1024) as u32,
             shared: 0,
             early: true,
         };
         // SAFETY: sizes were checked above; that samples name rows of the step is the caller's.
         unsafe { self.launch(stream, self.kernel("norm_rows")?, shape, &p) }
+    }
+
+    /// Adds up the parts of a product ([`super::ManyOut::Sums`]): `count` sums, a multiple of 4, in
+    /// f16 without infinities.
+    pub fn sum(
+        &self,
+        stream: &Stream,
+        sums: Slice<f32>,
+        parts: usize,
+        out: Slice<f16>,
+        count: usize,
+    ) -> Result<(), CudaError> {
+        check("sums (a multiple of 4)", count % 4, 0)?;
+        let p = SumParameters {
+            partials: sums.at_least("sums of a product", parts * count)?,
+            out: out.at_least("output of a product", count)?,
+            parts: parts as i32,
+            count: count as i32,
+        };
+        let shape = Shape {
+            grid: [count.div_ceil(1024) as u32, 1, 1],
+            threads: 256,
+            shared: 0,
+            early: true,
+        };
+        // SAFETY: sizes were checked above.
+        unsafe { self.launch(stream, self.kernel("sum_parts")?, shape, &p) }
     }
 
     /// Random values in -size..size, for benches.

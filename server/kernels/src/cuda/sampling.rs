@@ -12,6 +12,8 @@ use super::{
 #[repr(C)]
 struct Parameters {
     logits: u64,
+    best: u64,
+    parts: i32,
     samples: u64,
     previous: u64,
     out: u64,
@@ -20,19 +22,31 @@ struct Parameters {
 
 impl Kernels {
     /// Chooses a token for each sample from its logits (`[samples, vocab]`), writes it to `out` and
-    /// keeps it in `previous` by its slot. A sample whose logits hold no number gives `u32::MAX`.
+    /// keeps it in `previous` by its slot. `best`: the highest of each of so many parts of each
+    /// sample's logits, where they are known ([`super::FewOut::Logits`]). A sample whose logits hold no number gives `u32::MAX`.
     /// The draw is the CPU's: the same seed and position choose the same place in the distribution.
+    #[allow(clippy::too_many_arguments)]
     pub fn choose(
         &self,
         stream: &Stream,
         logits: Slice<f32>,
+        best: Option<(Slice<u64>, usize)>,
         vocab: usize,
         samples: Slice<StepSample>,
         previous: Slice<u32>,
         out: Slice<u32>,
     ) -> Result<(), CudaError> {
+        let (best, parts) = match best {
+            Some((values, parts)) => (
+                values.at_least("highest logits", samples.len() * parts)?,
+                parts,
+            ),
+            None => (0, 0),
+        };
         let p = Parameters {
             logits: logits.at_least("logits", samples.len() * vocab)?,
+            best,
+            parts: parts as i32,
             samples: samples.pointer(),
             previous: previous.pointer(),
             out: out.pointer(),

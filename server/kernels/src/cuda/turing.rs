@@ -121,7 +121,7 @@ fn compiled(elf: &[u8]) -> Vec<Compiled> {
 fn dynamic_shared() -> Vec<(String, u32)> {
     let mut all = many::tiled_kernels(75);
     all.extend(quantised::tiled_kernels(75));
-    all.extend(attention::prefill_kernels());
+    all.extend(attention::prefill_kernels(75));
     all
 }
 

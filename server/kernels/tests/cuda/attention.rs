@@ -1,7 +1,7 @@
 use half::f16;
 use stoker_kernels::{
     AttentionShape, KvCache, Rope, Sequence,
-    cuda::{Attention, Buffer, CacheShape, Qkv, StepRow, StepSequence, StepTile},
+    cuda::{Attention, Buffer, CacheShape, StepRow, StepSequence, StepTile},
     rope_attention,
 };
 
@@ -43,7 +43,7 @@ impl<'a> Both<'a> {
             cpu: KvCache::new(BLOCKS, shape.kv_heads, shape.head_size).unwrap(),
             gpu: d.buffer(&vec![f16::ZERO; BLOCKS * CacheShape::block_len(shape)]),
             workspace: d.poisoned_f32(cache_shape.workspace_len(16, 16)),
-            tickets: d.buffer(&[0; 16 * 64]),
+            tickets: d.buffer(&[0; 2048]),
         }
     }
 
@@ -55,9 +55,8 @@ impl<'a> Both<'a> {
         parts: &Parts,
         tables: &[Vec<u32>],
         split: (usize, usize),
-        sums: usize,
     ) {
-        let what = format!("{:?}, {parts:?}, {split:?}, {sums} sums", self.shape);
+        let what = format!("{:?}, {parts:?}, {split:?}", self.shape);
         let (d, width, size) = (self.d, self.shape.qkv_width(), self.shape.out_width());
         let rows: usize = parts.iter().map(|p| p.0).sum();
         let qkv = random.halves(rows * width);
@@ -113,16 +112,6 @@ impl<'a> Both<'a> {
             ids.extend(&blocks[..(start + rows).div_ceil(16)]);
         }
         let halves = d.buffer(&qkv);
-        // The same values as sums of parts.
-        let mut parts_of: Vec<f32> = floats(&qkv);
-        for _ in 1..sums.max(1) {
-            let more: Vec<f32> = random.values(qkv.len());
-            for (first, v) in parts_of.iter_mut().zip(&more) {
-                *first -= v;
-            }
-            parts_of.extend(more);
-        }
-        let partials = d.buffer(&parts_of);
         let (step_rows, step_sequences, ids, tiles) = (
             d.buffer(&step_rows),
             d.buffer(&step_sequences),
@@ -132,13 +121,7 @@ impl<'a> Both<'a> {
         let out = d.poisoned(rows * size);
         let queries = d.poisoned(rows * size);
         let a = Attention {
-            qkv: match sums {
-                0 => Qkv::F16(halves.all()),
-                parts => Qkv::Sums {
-                    values: partials.all(),
-                    parts,
-                },
-            },
+            qkv: halves.all(),
             rows,
             rope: self.rope_table.all(),
             rotated: self.rotated,
@@ -182,6 +165,31 @@ impl<'a> Both<'a> {
     }
 }
 
+/// Steps of four sequences: the rows of each, and into how many parts of how many tokens contexts are
+/// split.
+fn steps(errors: &mut Errors, both: &mut Both, steps: &[([usize; 4], (usize, usize))]) {
+    let shape = both.shape;
+    let mut random = Random((shape.heads * shape.head_size) as u64);
+    // Blocks in no order, a table for each of four sequences.
+    let mut blocks: Vec<u32> = (0..BLOCKS as u32).collect();
+    for i in (1..blocks.len()).rev() {
+        blocks.swap(i, random.below(i + 1));
+    }
+    let tables: Vec<Vec<u32>> = blocks.chunks_exact(100).map(<[u32]>::to_vec).collect();
+    let mut starts = [0; 4];
+    for &(rows, split) in steps {
+        // Single rows first.
+        let mut order: Vec<usize> = (0..4).filter(|&i| rows[i] > 0).collect();
+        order.sort_by_key(|&i| rows[i] > 1);
+        let parts: Parts = order.iter().map(|&i| (rows[i], starts[i])).collect();
+        let tables: Vec<Vec<u32>> = order.iter().map(|&i| tables[i].clone()).collect();
+        both.step(errors, &mut random, &parts, &tables, split);
+        for i in order {
+            starts[i] += rows[i];
+        }
+    }
+}
+
 #[test]
 fn attention_of_all_shapes() {
     let Some(d) = device("attention_of_all_shapes") else {
@@ -203,40 +211,45 @@ fn attention_of_all_shapes() {
             window: None,
         };
         let mut both = Both::new(&d, shape, rotated);
-        let mut random = Random((heads * head_size) as u64);
-        // Blocks in no order, a table for each of four sequences.
-        let mut blocks: Vec<u32> = (0..BLOCKS as u32).collect();
-        for i in (1..blocks.len()).rev() {
-            blocks.swap(i, random.below(i + 1));
-        }
-        let tables: Vec<Vec<u32>> = blocks.chunks_exact(100).map(<[u32]>::to_vec).collect();
-        let mut starts = [0; 4];
-        let mut run = |rows: [usize; 4], split, sums| {
-            // Single rows first.
-            let mut order: Vec<usize> = (0..4).filter(|&i| rows[i] > 0).collect();
-            order.sort_by_key(|&i| rows[i] > 1);
-            let parts: Parts = order.iter().map(|&i| (rows[i], starts[i])).collect();
-            let tables: Vec<Vec<u32>> = order.iter().map(|&i| tables[i].clone()).collect();
-            both.step(&mut errors, &mut random, &parts, &tables, split, sums);
-            for i in order {
-                starts[i] += rows[i];
-            }
-        };
-        run([1, 1, 0, 0], (1, 64), 0);
-        run([0, 1, 37, 130], (1, 64), 0);
-        run([1, 300, 1, 2], (4, 32), 3);
-        run([1, 1, 1, 1], (1, 64), 0);
-        run([1, 1, 1, 1], (16, 32), 1);
-        run([1, 1, 600, 17], (8, 64), 0);
-        for step in 0..20 {
-            run(
-                [1, 1, 1, 1],
-                [(1, 1), (2, 16), (16, 64)][step % 3],
-                step % 3,
-            );
-        }
-        run([900, 1, 1, 129], (16, 128), 2);
-        run([1, 1, 1, 1], (16, 128), 0);
+        let mut all = vec![
+            ([1, 1, 0, 0], (1, 64)),
+            ([0, 1, 37, 130], (1, 64)),
+            ([1, 300, 1, 2], (4, 32)),
+            ([1, 1, 1, 1], (1, 64)),
+            ([1, 1, 1, 1], (16, 32)),
+            ([1, 1, 600, 17], (8, 64)),
+        ];
+        all.extend((0..20).map(|i| ([1; 4], [(1, 1), (2, 16), (16, 64)][i % 3])));
+        all.extend([([900, 1, 1, 129], (16, 128)), ([1; 4], (16, 128))]);
+        steps(&mut errors, &mut both, &all);
     }
     errors.finish("attention_of_all_shapes");
+}
+
+/// So many heads that few warps, or one, attend for each.
+#[test]
+fn attention_of_many_heads() {
+    let Some(d) = device("attention_of_many_heads") else {
+        return;
+    };
+    let mut errors = Errors::default();
+    for (heads, kv_heads, head_size) in [(300, 150, 64), (150, 150, 128), (270, 270, 96)] {
+        let shape = AttentionShape {
+            heads,
+            kv_heads,
+            head_size,
+            window: None,
+        };
+        let mut both = Both::new(&d, shape, head_size);
+        let all = [
+            ([40, 33, 5, 70], (1, 64)),
+            ([1, 1, 1, 1], (1, 64)),
+            ([1, 1, 0, 1], (4, 16)),
+            ([0, 0, 1, 1], (1, 64)),
+            ([0, 0, 1, 0], (2, 16)),
+            ([1, 1, 1, 1], (3, 32)),
+        ];
+        steps(&mut errors, &mut both, &all);
+    }
+    errors.finish("attention_of_many_heads");
 }

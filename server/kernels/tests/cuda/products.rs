@@ -51,41 +51,38 @@ fn few_rows() {
         let values = floats(&halves);
         let w = d.weights(m, k, &halves);
         for rows in [1, 3, 8, 9, 16, 17, 32] {
-            let x_halves = random.halves(rows * k);
-            let x_values = floats(&x_halves);
-            let expected = product(&x_values, &values, rows, m, k);
-            for tile in FewTile::all(rows) {
-                let what = format!("{rows} x {k} to {m}, {tile:?}");
-                few(
-                    &d,
-                    &mut errors,
-                    &what,
-                    (rows, m, k),
-                    &x_halves,
-                    &w,
-                    &expected,
-                    tile,
-                );
+            if rows <= d.kernels.few_rows() {
+                few(&d, &mut errors, &mut random, (rows, m, k), &values, &w);
             }
+        }
+    }
+    // An odd number of outputs, and more tiles than blocks of threads.
+    for (m, k) in [(1001, 64), (30_000, 128)] {
+        let halves = random.halves(m * k);
+        let w = d.weights(m, k, &halves);
+        let values = floats(&halves);
+        for rows in [2, 11] {
+            let x = random.halves(rows * k);
+            let expected = product(&floats(&x), &values, rows, m, k);
+            logits(&d, &mut errors, (rows, m, k), &x, &w, &expected);
         }
     }
     errors.finish("few_rows");
 }
 
-#[allow(clippy::too_many_arguments)]
+/// All that can follow a product of few rows, in all ways that it can be cut.
 fn few(
     d: &Device,
     errors: &mut Errors,
-    what: &str,
+    random: &mut Random,
     (rows, m, k): (usize, usize, usize),
-    x: &[half::f16],
+    values: &[f32],
     w: &stoker_kernels::cuda::Weights,
-    expected: &[f32],
-    tile: FewTile,
 ) {
-    let mut random = Random((rows * m * k) as u64);
-    let x = d.buffer(x);
-    let run = |input: FewIn, out: FewOut| {
+    let x_halves = random.halves(rows * k);
+    let expected = product(&floats(&x_halves), values, rows, m, k);
+    let x = d.buffer(&x_halves);
+    let run = |input: FewIn, out: FewOut, tile| {
         d.kernels
             .few(&d.stream, rows, input, w, out, Some(tile))
             .unwrap()
@@ -97,11 +94,11 @@ fn few(
     };
 
     // A norm's scale from parts of its squares.
-    let parts = 7;
+    let parts = 7 + random.below(200);
     let squares: Vec<f32> = random
         .values(rows * parts)
         .iter()
-        .map(|v| (v.abs() + 0.1) * k as f32 / 20.0)
+        .map(|v| (v.abs() + 0.1) * k as f32 / parts as f32 / 3.0)
         .collect();
     let scales: Vec<f32> = squares
         .chunks_exact(parts)
@@ -120,90 +117,137 @@ fn few(
         .zip(&scales)
         .flat_map(|(row, scale)| row.iter().map(move |v| v * scale))
         .collect();
+    let gates: Vec<f32> = scaled
+        .chunks_exact(m)
+        .flat_map(|row| gated(row, m - m % 16, 1.0))
+        .collect();
+    let what = |out: &str, tile: FewTile| format!("{rows} x {k} to {m}, {tile:?} {out}");
+    let size = size(k);
 
     let out = d.poisoned(rows * m);
-    run(normed, FewOut::F16(out.all()));
-    errors.compare(
-        &format!("{what} f16"),
-        &floats(&out.all().read().unwrap()),
-        &scaled,
-        size(k),
-        2e-3,
-    );
-
+    for tile in d.kernels.few_tiles(&FewOut::F16(out.all()), rows) {
+        out.all().write(&vec![half::f16::NAN; rows * m]).unwrap();
+        run(normed, FewOut::F16(out.all()), tile);
+        let found = floats(&out.all().read().unwrap());
+        errors.compare(&what("f16", tile), &found, &scaled, size, 2e-3);
+    }
     let out = d.poisoned_f32(rows * m);
-    run(normed, FewOut::F32(out.all()));
-    errors.compare(
-        &format!("{what} f32"),
-        &out.all().read().unwrap(),
-        &scaled,
-        size(k),
-        1e-4,
-    );
-    run(plain, FewOut::F32(out.all()));
-    errors.compare(
-        &format!("{what} plain"),
-        &out.all().read().unwrap(),
-        expected,
-        size(k),
-        1e-4,
-    );
-
+    for tile in d.kernels.few_tiles(&FewOut::F32(out.all()), rows) {
+        for (input, wanted) in [(normed, &scaled), (plain, &expected)] {
+            out.all().write(&vec![f32::NAN; rows * m]).unwrap();
+            run(input, FewOut::F32(out.all()), tile);
+            let found = out.all().read().unwrap();
+            errors.compare(&what("f32", tile), &found, wanted, size, 1e-4);
+        }
+    }
     if m % 16 == 0 {
         let out = d.poisoned(rows * m / 2);
-        run(normed, FewOut::GateUp(out.all()));
-        let gates: Vec<f32> = scaled
-            .chunks_exact(m)
-            .flat_map(|row| gated(row, m, 1.0))
-            .collect();
-        errors.compare(
-            &format!("{what} gate_up"),
-            &floats(&out.all().read().unwrap()),
-            &gates,
-            size(k),
-            3e-3,
-        );
+        for tile in d.kernels.few_tiles(&FewOut::GateUp(out.all()), rows) {
+            out.all()
+                .write(&vec![half::f16::NAN; rows * m / 2])
+                .unwrap();
+            run(normed, FewOut::GateUp(out.all()), tile);
+            let found = floats(&out.all().read().unwrap());
+            errors.compare(&what("gate_up", tile), &found, &gates, size, 3e-3);
+        }
     }
+    residual(d, errors, random, (rows, m, k), plain, w, &expected);
+    logits(d, errors, (rows, m, k), &x_halves, w, &expected);
+}
 
+fn residual(
+    d: &Device,
+    errors: &mut Errors,
+    random: &mut Random,
+    (rows, m, k): (usize, usize, usize),
+    plain: FewIn,
+    w: &stoker_kernels::cuda::Weights,
+    expected: &[f32],
+) {
     let before = random.values(rows * m);
     let norm = random.values(m);
     let residual = d.buffer(&before);
     let next_norm = d.buffer(&norm);
     let next = d.poisoned(rows * m);
     let next_squares = d.poisoned_f32(rows * Kernels::few_square_parts(m));
-    let parts = run(
-        plain,
-        FewOut::Residual {
-            residual: residual.all(),
-            next_norm: next_norm.all(),
-            next: next.all(),
-            squares: next_squares.all(),
-        },
-    );
+    let out = FewOut::Residual {
+        residual: residual.all(),
+        next_norm: next_norm.all(),
+        next: next.all(),
+        squares: next_squares.all(),
+    };
     let after: Vec<f32> = before.iter().zip(expected).map(|(a, b)| a + b).collect();
-    let found = residual.all().read().unwrap();
-    errors.compare(&format!("{what} residual"), &found, &after, size(k), 1e-4);
-    let wanted: Vec<f32> = after
-        .iter()
-        .enumerate()
-        .map(|(i, v)| v * norm[i % m])
-        .collect();
-    errors.compare(
-        &format!("{what} next"),
-        &floats(&next.all().read().unwrap()),
-        &wanted,
-        size(k),
-        2e-3,
-    );
-    let sums: Vec<f32> = next_squares.all().read().unwrap()[..rows * parts]
-        .chunks_exact(parts)
-        .map(|s| s.iter().sum())
-        .collect();
-    let wanted: Vec<f32> = after
-        .chunks_exact(m)
-        .map(|row| row.iter().map(|v| v * v).sum())
-        .collect();
-    errors.compare(&format!("{what} squares"), &sums, &wanted, 1.0, 1e-3);
+    for tile in d.kernels.few_tiles(&out, rows) {
+        let what = |out: &str| format!("{rows} x {k} to {m}, {tile:?} {out}");
+        residual.all().write(&before).unwrap();
+        next.all().write(&vec![half::f16::NAN; rows * m]).unwrap();
+        let parts = d
+            .kernels
+            .few(&d.stream, rows, plain, w, out, Some(tile))
+            .unwrap();
+        let found = residual.all().read().unwrap();
+        errors.compare(&what("residual"), &found, &after, size(k), 1e-4);
+        let wanted: Vec<f32> = after
+            .iter()
+            .enumerate()
+            .map(|(i, v)| v * norm[i % m])
+            .collect();
+        let found = floats(&next.all().read().unwrap());
+        errors.compare(&what("next"), &found, &wanted, size(k), 2e-3);
+        let sums: Vec<f32> = next_squares.all().read().unwrap()[..rows * parts]
+            .chunks_exact(parts)
+            .map(|s| s.iter().sum())
+            .collect();
+        let wanted: Vec<f32> = after
+            .chunks_exact(m)
+            .map(|row| row.iter().map(|v| v * v).sum())
+            .collect();
+        errors.compare(&what("squares"), &sums, &wanted, 1.0, 1e-3);
+    }
+}
+
+/// Logits, and where they are looked for the highest of them.
+fn logits(
+    d: &Device,
+    errors: &mut Errors,
+    (rows, m, k): (usize, usize, usize),
+    x: &[half::f16],
+    w: &stoker_kernels::cuda::Weights,
+    expected: &[f32],
+) {
+    let x = d.buffer(x);
+    let input = FewIn {
+        x: x.all(),
+        squares: None,
+        epsilon: 1e-5,
+    };
+    let logits = d.poisoned_f32(rows * m);
+    let best = d.buffer(&vec![u64::MAX; rows * Kernels::few_best_parts(m)]);
+    let out = FewOut::Logits {
+        logits: logits.all(),
+        best: best.all(),
+    };
+    for tile in d.kernels.few_tiles(&out, rows) {
+        let what = format!("{rows} x {k} to {m}, {tile:?} logits");
+        logits.all().write(&vec![f32::NAN; rows * m]).unwrap();
+        let parts = d
+            .kernels
+            .few(&d.stream, rows, input, w, out, Some(tile))
+            .unwrap();
+        let found = logits.all().read().unwrap();
+        errors.compare(&what, &found, expected, size(k), 1e-4);
+        let best = best.all().read().unwrap();
+        for (row, best) in best.chunks_exact(parts.max(1)).take(rows).enumerate() {
+            if parts == 0 {
+                continue;
+            }
+            let id = !best.iter().max().copied().unwrap() as u32 as usize;
+            let row = &found[row * m..(row + 1) * m];
+            let highest = row.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+            let wanted = row.iter().position(|v| *v == highest).unwrap();
+            assert_eq!(id, wanted, "{what}: the highest");
+        }
+    }
 }
 
 #[test]

@@ -139,3 +139,25 @@ fn norms_of_sums() {
     }
     errors.finish("norms_of_sums");
 }
+
+#[test]
+fn sums_of_parts() {
+    let Some(d) = device("sums_of_parts") else {
+        return;
+    };
+    let mut errors = Errors::default();
+    let mut random = Random(8);
+    for (count, parts) in [(4, 1), (5120, 3), (102_400, 8)] {
+        let values = random.values(parts * count);
+        let expected: Vec<f32> = (0..count)
+            .map(|i| (0..parts).map(|s| values[s * count + i]).sum())
+            .collect();
+        let (sums, out) = (d.buffer(&values), d.poisoned(count));
+        d.kernels
+            .sum(&d.stream, sums.all(), parts, out.all(), count)
+            .unwrap();
+        let found = floats(&out.all().read().unwrap());
+        errors.compare("sums", &found, &expected, 1.0, 1e-3);
+    }
+    errors.finish("sums_of_parts");
+}

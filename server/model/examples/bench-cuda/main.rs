@@ -6,6 +6,8 @@
 //! name all but the last three. `bench-cuda checkpoint DIR` writes such a model as a Hugging Face folder, for benches of
 //! the server.
 //!
+//! With STOKER_CUDA_OLDEST_CODE=1 it runs the PTX for the oldest architecture.
+//!
 //! The roofline of decoding is the time to read all weights and the keys and values of the context
 //! at the rate of a large copy on the same card.
 #![allow(clippy::print_stdout)]
@@ -182,7 +184,7 @@ fn main() -> Result<(), Error> {
         return checkpoint::write(&llama_3b(), Path::new(folder));
     }
     let json = match arguments.iter().position(|a| a == "--json") {
-        Some(at) if at + 1 < arguments.len() => Some(arguments.drain(at..at + 2).last()),
+        Some(at) if at + 1 < arguments.len() => Some(arguments.drain(at..at + 2).next_back()),
         _ => None,
     };
     let wants = |what: &str| match arguments.is_empty() {
@@ -190,7 +192,9 @@ fn main() -> Result<(), Error> {
         false => arguments.iter().any(|a| a == what),
     };
     let begun = Instant::now();
-    let gpu = Gpu::open(GpuOptions::default())?;
+    let gpu = Gpu::open(GpuOptions {
+        oldest_code: std::env::var_os("STOKER_CUDA_OLDEST_CODE").is_some(),
+    })?;
     let kernels = Arc::new(Kernels::load(&gpu)?);
     println!(
         "{}, driver {}: kernels loaded after {:.2} s",

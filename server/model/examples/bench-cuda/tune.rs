@@ -80,7 +80,7 @@ pub fn products(bench: &Bench, stream: &Stream) -> Result<(), Error> {
 /// Cuts of the products, each tried inside the whole step.
 pub fn tune(bench: &Bench) -> Result<(), Error> {
     for batch in [1, 8, 16] {
-        let base = Tuning::best(bench.kernels.gpu());
+        let base = Tuning::best();
         let measure = |tuning| -> Result<f64, Error> {
             let executor = bench.executor(batch, 512, 1024, Some(tuning))?;
             Ok(bench.decode(executor, batch, CONTEXT)?.1)
@@ -89,39 +89,19 @@ pub fn tune(bench: &Bench) -> Result<(), Error> {
             "tune batch {batch}: as it is {:.3} ms",
             measure(base)? * 1e3
         );
-        for part_tokens in [32, 64, 128] {
-            let seconds = measure(Tuning {
-                part_tokens,
-                ..base
-            })?;
-            println!("  parts of {part_tokens}: {:.3}", seconds * 1e3);
-        }
-        for (which, name) in PRODUCTS.into_iter().enumerate() {
-            print!("  {name}:");
-            for tile in FewTile::all(batch) {
+        for (which, sizes) in [
+            (0, &[24, 32, 40, 48][..]),
+            (1, &[16, 24, 32, 40, 48]),
+            (2, &[32, 64, 128]),
+            (3, &[16, 24, 32, 40, 48]),
+        ] {
+            print!("  {}:", PRODUCTS[which]);
+            for &outputs in sizes {
                 let mut tuning = base;
-                tuning.tiles[which] = Some(tile);
-                print!(
-                    " {}x{} {:.3}",
-                    tile.warps,
-                    tile.tiles,
-                    measure(tuning)? * 1e3
-                );
+                tuning.tiles[which] = Some(FewTile::Thin { outputs });
+                print!(" {outputs}: {:.3}", measure(tuning)? * 1e3);
             }
             println!();
-        }
-    }
-    for batch in [16, 32] {
-        for few_rows in [0, 32] {
-            let tuning = Tuning {
-                few_rows,
-                ..Tuning::best(bench.kernels.gpu())
-            };
-            let executor = bench.executor(batch, 512, 1024, Some(tuning))?;
-            println!(
-                "batch {batch}, streamed up to {few_rows}: {:.3} ms",
-                bench.decode(executor, batch, CONTEXT)?.1 * 1e3
-            );
         }
     }
     Ok(())
@@ -130,7 +110,7 @@ pub fn tune(bench: &Bench) -> Result<(), Error> {
 /// The same with quantised weights.
 pub fn quantised(bench: &Bench) -> Result<(), Error> {
     for batch in [1, 8, 16] {
-        let base = Tuning::best(bench.kernels.gpu());
+        let base = Tuning::best();
         let measure = |tuning| -> Result<f64, Error> {
             let executor = bench.executor(batch, 512, 1024, Some(tuning))?;
             Ok(bench.decode(executor, batch, CONTEXT)?.1)
@@ -145,12 +125,7 @@ pub fn quantised(bench: &Bench) -> Result<(), Error> {
             for tile in cuda::Quantised::few_tiles(batch) {
                 let mut tuning = base;
                 tuning.quantised_tiles[which] = Some(tile);
-                print!(
-                    " {}x{} {:.3}",
-                    tile.warps,
-                    tile.tiles,
-                    measure(tuning)? * 1e3
-                );
+                print!(" {}: {:.3}", tile.tiles, measure(tuning)? * 1e3);
             }
             println!();
         }
@@ -159,7 +134,7 @@ pub fn quantised(bench: &Bench) -> Result<(), Error> {
         for few_rows_quantised in [0, 16] {
             let tuning = Tuning {
                 few_rows_quantised,
-                ..Tuning::best(bench.kernels.gpu())
+                ..Tuning::best()
             };
             let executor = bench.executor(batch, 512, 1024, Some(tuning))?;
             println!(

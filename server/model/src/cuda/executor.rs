@@ -202,6 +202,10 @@ impl CudaExecutor {
         Ok(executor)
     }
 
+    pub fn gpu(&self) -> &Arc<Gpu> {
+        &self.gpu
+    }
+
     pub fn forward(&self) -> &Forward {
         &self.forward
     }

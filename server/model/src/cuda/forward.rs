@@ -7,7 +7,7 @@ use stoker_kernels::{
     BLOCK_SIZE, Rope,
     cuda::{
         Attention, Buffer, CacheShape, CudaError, FEW_ROWS, FEW_ROWS_QUANTISED, FewIn, FewOut,
-        FewTile, Gpu, Heads, Kernels, ManyOut, NormRows, Qkv, Slice, Squares, Stream,
+        FewTile, Heads, Kernels, ManyOut, NormRows, QuantisedTile, Slice, Squares, Stream,
     },
 };
 
@@ -37,14 +37,14 @@ pub struct Tuning {
     /// Cuts of the four products of a layer and the head, for trying them out.
     pub tiles: [Option<FewTile>; 5],
     /// The same with quantised weights.
-    pub quantised_tiles: [Option<FewTile>; 5],
+    pub quantised_tiles: [Option<QuantisedTile>; 5],
 }
 
 impl Tuning {
     /// What is fastest, as measured.
-    pub fn best(gpu: &Gpu) -> Self {
+    pub fn best() -> Self {
         Self {
-            few_rows: if gpu.capability() >= 90 { 8 } else { FEW_ROWS },
+            few_rows: FEW_ROWS,
             few_rows_quantised: FEW_ROWS_QUANTISED,
             part_tokens: 256,
             tiles: [None; 5],
@@ -77,6 +77,8 @@ pub struct Forward {
     workspace: Buffer<f32>,
     tickets: Buffer<u32>,
     logits: Buffer<f32>,
+    /// The highest of each part of few samples' logits.
+    best: Buffer<u64>,
     scratch: Scratch,
 }
 
@@ -100,7 +102,7 @@ impl Forward {
         )?;
         let rotations: Vec<[f32; 2]> = rope.rotations().collect();
         let rows = sizes.max_rows;
-        let tuning = Tuning::best(&gpu);
+        let tuning = Tuning::best();
         let decodes = sizes.max_sequences.min(rows);
         let workspace = (1..=decodes)
             .map(|n| cache_shape.workspace_len(n, decode_parts(&kernels, &config, n)))
@@ -134,6 +136,7 @@ impl Forward {
             workspace: Buffer::zeroed(&gpu, of, workspace)?,
             tickets: Buffer::zeroed(&gpu, of, decodes * shape.kv_heads)?,
             logits: Buffer::zeroed(&gpu, of, sizes.max_sequences * config.vocab)?,
+            best: Buffer::zeroed(&gpu, of, FEW_ROWS * Kernels::few_best_parts(config.vocab))?,
             scratch: Scratch::new(&gpu, &kernels, &weights, rows)?,
             kernels,
             config,
@@ -179,13 +182,14 @@ impl Forward {
             && layout.samples == layout.rows
             && layout.rows <= self.few_rows();
         self.embed(stream, layout, step)?;
-        match few {
+        let parts = match few {
             true => self.few(stream, layout, step)?,
             false => self.many(stream, layout, step)?,
-        }
+        };
         self.kernels.choose(
             stream,
             self.logits.all(),
+            (parts > 0).then_some((self.best.all(), parts)),
             self.config.vocab,
             samples,
             self.previous.all(),
@@ -193,11 +197,11 @@ impl Forward {
         )
     }
 
-    /// Most rows that the weights are streamed for.
+    /// Most rows that weights are streamed for.
     fn few_rows(&self) -> usize {
         match self.weights.is_quantised() {
             true => self.tuning.few_rows_quantised.min(FEW_ROWS_QUANTISED),
-            false => self.tuning.few_rows.min(FEW_ROWS),
+            false => self.tuning.few_rows.min(self.kernels.few_rows()),
         }
     }
 
@@ -225,16 +229,10 @@ impl Forward {
         }
     }
 
-    /// What an architecture does to queries, keys and values before rope; where they are then.
-    fn finish_heads<'a>(
-        &'a self,
-        stream: &Stream,
-        rows: usize,
-        layer: &Layer,
-        qkv: Qkv<'a>,
-    ) -> Result<Qkv<'a>, CudaError> {
+    /// What an architecture does to queries, keys and values before rope.
+    fn finish_heads(&self, stream: &Stream, rows: usize, layer: &Layer) -> Result<(), CudaError> {
         if layer.qkv_bias.is_none() && layer.head_norms.is_none() {
-            return Ok(qkv);
+            return Ok(());
         }
         let heads = Heads {
             bias: layer.qkv_bias.as_ref().map(Buffer::all),
@@ -244,10 +242,9 @@ impl Forward {
                 .map(|[query, key]| [query.all(), key.all()]),
             epsilon: self.config.norm_epsilon,
         };
-        let out = self.qkv.all();
+        let shape = self.config.attention;
         self.kernels
-            .finish_heads(stream, rows, self.config.attention, qkv, heads, out)?;
-        Ok(Qkv::F16(out))
+            .finish_heads(stream, rows, shape, self.qkv.all(), heads)
     }
 
     /// Weights of the norm that follows layer `layer`.
@@ -258,8 +255,8 @@ impl Forward {
         }
     }
 
-    /// A step of few decoding sequences.
-    fn few(&self, stream: &Stream, layout: &Layout, step: Slice<u8>) -> Result<(), CudaError> {
+    /// A step of few decoding sequences. Gives the parts in which the highest logits are known.
+    fn few(&self, stream: &Stream, layout: &Layout, step: Slice<u8>) -> Result<usize, CudaError> {
         let rows = layout.rows;
         let [qkv, output, gate_up, down, head] = [0, 1, 2, 3, 4].map(|i| self.tile(i));
         let epsilon = self.config.norm_epsilon;
@@ -286,8 +283,8 @@ impl Forward {
                 product::few(&self.kernels, stream, rows, input, w, out, tile)
             };
             product(input, &layer.qkv, FewOut::F16(self.qkv.all()), qkv)?;
-            let heads = self.finish_heads(stream, rows, layer, Qkv::F16(self.qkv.all()))?;
-            self.decode(stream, layout, step, i, heads)?;
+            self.finish_heads(stream, rows, layer)?;
+            self.decode(stream, layout, step, i)?;
             let residual = |next_norm, place: usize| FewOut::Residual {
                 residual: self.residual.all(),
                 next_norm,
@@ -314,14 +311,27 @@ impl Forward {
             )?;
             input = normed(1, parts);
         }
-        let logits = FewOut::F32(self.logits.all());
         let w = self.weights.head();
-        product::few(&self.kernels, stream, rows, input, w, logits, head)?;
-        Ok(())
+        product::few(
+            &self.kernels,
+            stream,
+            rows,
+            input,
+            w,
+            self.few_logits(),
+            head,
+        )
     }
 
-    /// A step of more rows, or with prompt chunks.
-    fn many(&self, stream: &Stream, layout: &Layout, step: Slice<u8>) -> Result<(), CudaError> {
+    fn few_logits(&self) -> FewOut<'_> {
+        FewOut::Logits {
+            logits: self.logits.all(),
+            best: self.best.all(),
+        }
+    }
+
+    /// A step of more rows, or with prompt chunks. Gives what `few` does.
+    fn many(&self, stream: &Stream, layout: &Layout, step: Slice<u8>) -> Result<usize, CudaError> {
         let k = &self.kernels;
         let rows = layout.rows;
         let epsilon = self.config.norm_epsilon;
@@ -346,19 +356,17 @@ impl Forward {
         };
         let last = self.weights.layers.len() - 1;
         for (i, layer) in self.weights.layers.iter().enumerate() {
-            let qkv = if rows > HALVES_ROWS {
+            let x = self.normed.all();
+            if rows > HALVES_ROWS {
                 let out = ManyOut::F16(self.qkv.all());
-                let x = self.normed.all();
                 self.product(stream, rows, x, &layer.qkv, out, Becomes::F16)?;
-                Qkv::F16(self.qkv.all())
             } else {
-                Qkv::Sums {
-                    parts: sums_of(self.normed.all(), &layer.qkv)?,
-                    values: self.sums.all(),
-                }
-            };
-            let qkv = self.finish_heads(stream, rows, layer, qkv)?;
-            self.chunks(stream, layout, step, i, qkv)?;
+                let parts = sums_of(x, &layer.qkv)?;
+                let count = rows * layer.qkv.rows();
+                k.sum(stream, self.sums.all(), parts, self.qkv.all(), count)?;
+            }
+            self.finish_heads(stream, rows, layer)?;
+            self.chunks(stream, layout, step, i)?;
             let parts = sums_of(self.attention.all(), &layer.output)?;
             norm(parts, layer.ffn_norm.all(), None)?;
             let out = ManyOut::GateUp(self.inner.all());
@@ -398,18 +406,17 @@ impl Forward {
         layout: &Layout,
         step: Slice<u8>,
         layer: usize,
-        qkv: Qkv,
     ) -> Result<(), CudaError> {
         if layout.tiles > 0 {
-            let attention = self.attention_of(layout, step, layer, qkv)?;
+            let attention = self.attention_of(layout, step, layer)?;
             let queries = self.queries.all();
             self.kernels
                 .rope(stream, &attention, layout.decodes, queries)?;
-            self.decode(stream, layout, step, layer, qkv)?;
+            self.decode(stream, layout, step, layer)?;
             let tiles = layout.step_tiles(step)?;
             return self.kernels.prefill(stream, &attention, queries, tiles);
         }
-        self.decode(stream, layout, step, layer, qkv)
+        self.decode(stream, layout, step, layer)
     }
 
     fn decode(
@@ -418,12 +425,11 @@ impl Forward {
         layout: &Layout,
         step: Slice<u8>,
         layer: usize,
-        qkv: Qkv,
     ) -> Result<(), CudaError> {
         let parts = decode_parts(&self.kernels, &self.config, layout.decodes);
         self.kernels.decode(
             stream,
-            &self.attention_of(layout, step, layer, qkv)?,
+            &self.attention_of(layout, step, layer)?,
             layout.decodes,
             (parts, self.tuning.part_tokens),
             self.workspace.all(),
@@ -436,11 +442,10 @@ impl Forward {
         layout: &Layout,
         step: Slice<'a, u8>,
         layer: usize,
-        qkv: Qkv<'a>,
     ) -> Result<Attention<'a>, CudaError> {
         let blocks = self.cache_shape.blocks * CacheShape::block_len(self.config.attention);
         Ok(Attention {
-            qkv,
+            qkv: self.qkv.all(),
             rows: layout.rows,
             rope: self.rope.all(),
             rotated: self.config.rotated,
@@ -454,11 +459,11 @@ impl Forward {
     }
 
     /// Logits of the samples' rows, which are normed one after the other.
-    fn head(&self, stream: &Stream, samples: usize) -> Result<(), CudaError> {
+    fn head(&self, stream: &Stream, samples: usize) -> Result<usize, CudaError> {
         let w = self.weights.head();
         let x = self.normed.all();
         if samples == 0 {
-            return Ok(());
+            return Ok(0);
         }
         if samples <= self.few_rows() {
             let input = FewIn {
@@ -466,18 +471,16 @@ impl Forward {
                 squares: None,
                 epsilon: self.config.norm_epsilon,
             };
-            let out = FewOut::F32(self.logits.all());
-            let tile = self.tile(4);
-            product::few(&self.kernels, stream, samples, input, w, out, tile)?;
-            return Ok(());
+            let (out, tile) = (self.few_logits(), self.tile(4));
+            return product::few(&self.kernels, stream, samples, input, w, out, tile);
         }
         let out = ManyOut::Sums(self.logits.all());
         self.product(stream, samples, x, w, out, Becomes::Sums)?;
-        Ok(())
+        Ok(0)
     }
 }
 
-/// Rows from which queries, keys and values are written in f16 rather than as sums to be added.
+/// Most rows for which the product of queries, keys and values is made in parts.
 const HALVES_ROWS: usize = 384;
 
 /// Parts that contexts may be split into in a step of so many decoding sequences.

@@ -214,6 +214,9 @@ fn fill(
     Ok(())
 }
 
+/// Writes the elements of some rows.
+type Fill<'a> = dyn Fn(Range<usize>, &mut [f16]) -> Result<(), LoadError> + Sync + 'a;
+
 /// Two places in pinned memory: one is filled while the other is copied from.
 struct Staging {
     stream: Stream,
@@ -237,7 +240,7 @@ impl Staging {
         rows: usize,
         cols: usize,
         to: Slice<f16>,
-        fill: &(dyn Fn(Range<usize>, &mut [f16]) -> Result<(), LoadError> + Sync),
+        fill: &Fill<'_>,
     ) -> Result<(), LoadError> {
         let at_once = self.places[0].0.len() / cols.max(1);
         for first in (0..rows).step_by(at_once.max(1)) {

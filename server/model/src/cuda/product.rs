@@ -2,8 +2,8 @@
 
 use half::f16;
 use stoker_kernels::cuda::{
-    self, CudaError, FewIn, FewOut, FewTile, Gpu, Kernels, ManyOut, ManyShape, Slice, Stream,
-    TiledShape,
+    self, CudaError, FewIn, FewOut, FewTile, Gpu, Kernels, ManyOut, ManyShape, QuantisedTile,
+    Slice, Stream, TiledShape,
 };
 
 use super::{Matrix, Weights};
@@ -98,7 +98,7 @@ impl Scratch {
 }
 
 /// The cut of a product of few rows by the weights' type; `None`: the best known.
-pub(super) type Tile = (Option<FewTile>, Option<FewTile>);
+pub(super) type Tile = (Option<FewTile>, Option<QuantisedTile>);
 
 /// `x * w^T` of few rows, and what follows; see [`Kernels::few`].
 pub(super) fn few(
