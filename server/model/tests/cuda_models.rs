@@ -6,7 +6,11 @@ mod common {
     pub mod hugging_face;
 }
 
-use std::{collections::HashMap, path::Path};
+use std::{
+    collections::HashMap,
+    path::Path,
+    sync::{Mutex, MutexGuard, PoisonError},
+};
 
 use common::hugging_face::{HuggingFace, VOCAB, random};
 use serde_json::json;
@@ -34,6 +38,12 @@ const GREEDY: Sampling = Sampling {
     top_k: 0,
     seed: 0,
 };
+
+/// An executor measures what memory is left while it is set up: one test at a time.
+fn alone() -> MutexGuard<'static, ()> {
+    static GPU: Mutex<()> = Mutex::new(());
+    GPU.lock().unwrap_or_else(PoisonError::into_inner)
+}
 
 fn plans() -> Vec<(&'static str, HuggingFace)> {
     let mut mistral = HuggingFace::mistral();
@@ -114,6 +124,7 @@ fn relative(found: &[Vec<f32>], expected: &[Vec<f32>]) -> f32 {
 
 #[test]
 fn every_plan_has_the_cpus_logits() {
+    let _alone = alone();
     let tokens = tokens(11, TOKENS);
     for (name, model) in plans() {
         let folder = tempfile::tempdir().unwrap();
@@ -165,6 +176,7 @@ fn every_plan_has_the_cpus_logits() {
 
 #[test]
 fn a_window_that_contexts_outgrow_is_refused() {
+    let _alone = alone();
     let folder = tempfile::tempdir().unwrap();
     HuggingFace::mistral().for_gpu().write(folder.path());
     match LoadedModel::load_cuda(folder.path(), &LoadOptions::default(), &|_| {}) {
@@ -247,6 +259,7 @@ fn request(id: u64) -> Request {
 
 #[test]
 fn a_thousand_requests_equal_the_cpus() {
+    let _alone = alone();
     let folder = tempfile::tempdir().unwrap();
     let model = HuggingFace {
         shards: 2,

@@ -4,7 +4,10 @@
 
 mod common;
 
-use std::path::PathBuf;
+use std::{
+    path::PathBuf,
+    sync::{Mutex, MutexGuard, PoisonError},
+};
 
 use common::{GREEDY, Request, generate};
 use serde::Deserialize;
@@ -34,6 +37,12 @@ struct Continuation {
     margin_top1_top2: Vec<f64>,
 }
 
+/// An executor measures what memory is left while it is set up: one test at a time.
+fn alone() -> MutexGuard<'static, ()> {
+    static GPU: Mutex<()> = Mutex::new(());
+    GPU.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
 fn model() -> Option<LoadedModel<CudaExecutor>> {
     let path = match std::env::var_os("STOKER_TEST_MODEL") {
         Some(path) => PathBuf::from(path),
@@ -59,6 +68,7 @@ fn model() -> Option<LoadedModel<CudaExecutor>> {
 
 #[test]
 fn greedy_tokens_equal_the_reference_alone_and_together() {
+    let _alone = alone();
     let Some(mut model) = model() else { return };
     let text = include_str!("data/smollm2_greedy_reference.json");
     let prompts = serde_json::from_str::<Reference>(text).unwrap().prompts;
@@ -123,6 +133,7 @@ fn greedy_tokens_equal_the_reference_alone_and_together() {
 
 #[test]
 fn a_seed_gives_the_same_tokens_in_any_batch() {
+    let _alone = alone();
     let Some(mut model) = model() else { return };
     let text = include_str!("data/smollm2_greedy_reference.json");
     let prompts = serde_json::from_str::<Reference>(text).unwrap().prompts;

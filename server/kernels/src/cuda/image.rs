@@ -6,6 +6,7 @@ use super::{driver::Gpu, error::CudaError};
 
 /// What an image runs on, by compute capability.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[allow(dead_code, reason = "a build without kernels has no images")]
 pub(crate) enum Target {
     Machine(u32),
     Ptx(u32),

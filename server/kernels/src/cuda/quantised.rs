@@ -225,11 +225,14 @@ impl Quantised {
 
     /// The cut that is fastest on the whole, as measured (docs/kernels.md).
     fn best_tile(&self, out: &FewOut, rows: usize) -> QuantisedTile {
-        let wide = match (self.bits, out) {
-            (Bits::Eight, FewOut::Residual { .. }) => true,
-            (Bits::Four, FewOut::F16(_) | FewOut::GateUp(_) | FewOut::Logits { .. }) => true,
-            _ => false,
-        };
+        let wide = matches!(
+            (self.bits, out),
+            (Bits::Eight, FewOut::Residual { .. })
+                | (
+                    Bits::Four,
+                    FewOut::F16(_) | FewOut::GateUp(_) | FewOut::Logits { .. }
+                )
+        );
         QuantisedTile {
             tiles: if wide && few::groups(rows) == 1 { 2 } else { 1 },
         }

@@ -102,7 +102,9 @@ fn compiled(elf: &[u8]) -> Vec<Compiled> {
         let threads = own
             .iter()
             .find(|(kind, _)| *kind == MAX_THREADS)
-            .map_or(32 * warps.unwrap_or(32), |(_, words)| words.iter().product());
+            .map_or(32 * warps.unwrap_or(32), |(_, words)| {
+                words.iter().product()
+            });
         let stack = common
             .iter()
             .find(|(kind, words)| *kind == FRAME_SIZE && words[0] == symbol)
