@@ -6,7 +6,7 @@
 // warps of a block split k (a chunk of 32 each in turn) and sum up in shared memory. A block takes
 // tile after tile, the next one's weights on their way while it sums up one. The first chunks are on
 // their way before the kernel before this one has ended.
-#include "few.cuh"
+#include "skinny.cuh"
 
 struct Skinny {
     const half* w;  // [m, k]
@@ -16,10 +16,10 @@ struct Skinny {
 template <int OP, int WARPS, int MT, int NT, int STAGES>
 __device__ __forceinline__ void skinny(const Skinny& p) {
     const Few& f = p.few;
-    constexpr int ROWS = 16 * MT, COLUMNS = 8 * NT, THREADS = 32 * WARPS;
-    constexpr int PITCH = ROWS + 4;
-    __shared__ float sums[WARPS][COLUMNS][PITCH];
-    __shared__ float scales[COLUMNS];
+    using End = TileEnd<OP, WARPS, MT, NT>;
+    constexpr int ROWS = End::ROWS;
+    __shared__ typename End::Sums sums;
+    __shared__ float scales[End::COLUMNS];
     let_next_begin();
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const int g = lane / 4, t = lane % 4;
@@ -74,32 +74,10 @@ __device__ __forceinline__ void skinny(const Skinny& p) {
     wait_for_previous();
 #pragma unroll
     for (int s = 0; s < STAGES; s++) load_b(s, warp + s * WARPS);
-    if (OP != RESIDUAL) {
-        for (int n = warp; n < COLUMNS; n += WARPS) {
-            float scale = 1.0f;
-            if (f.squares && n < f.n) {
-                float sum = 0.0f;
-                for (int i = lane; i < f.square_parts; i += 32)
-                    sum += f.squares[n * f.square_parts + i];
-                scale = rsqrtf(sum_lanes(sum) / f.k + f.epsilon);
-            }
-            if (lane == 0) scales[n] = scale;
-        }
-    }
-    constexpr int OUTS = (ROWS * COLUMNS + THREADS - 1) / THREADS;
+    if (OP != RESIDUAL) norm_scales<WARPS>(f, scales);
     for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
-        const int first = tile * ROWS;
-        // What the end needs of the residual, asked for early.
-        float residual[OUTS];
-        if (OP == RESIDUAL) {
-#pragma unroll
-            for (int o = 0; o < OUTS; o++) {
-                int index = o * THREADS + threadIdx.x;
-                int row = first + index % ROWS, n = index / ROWS;
-                residual[o] = row < f.m && n < f.n && n < COLUMNS ? f.residual[(size_t)n * f.m + row] : 0.0f;
-            }
-        }
-
+        End end;
+        end.ask(f, tile * ROWS);
         float c[MT][NT][4] = {};
         for (int turn = 0; turn < turns; turn += STAGES) {
 #pragma unroll
@@ -117,57 +95,7 @@ __device__ __forceinline__ void skinny(const Skinny& p) {
                 load_b(s, warp + (next < turns ? next : next - turns) * WARPS);
             }
         }
-        // The tile before has been summed up.
-        if (tile != blockIdx.x) __syncthreads();
-#pragma unroll
-        for (int i = 0; i < MT; i++)
-#pragma unroll
-            for (int j = 0; j < NT; j++)
-#pragma unroll
-                for (int e = 0; e < 4; e++)
-                    sums[warp][8 * j + 2 * t + e % 2][16 * i + g + 8 * (e / 2)] = c[i][j][e];
-        __syncthreads();
-        auto total = [&](int row, int n) {
-            float sum = 0.0f;
-#pragma unroll
-            for (int i = 0; i < WARPS; i++) sum += sums[i][n][row];
-            return sum;
-        };
-
-        if (OP == GATE_UP) {
-            // Of 16 rows the first 8 are gates, the others the ups of the same outputs.
-            for (int index = threadIdx.x; index < ROWS / 2 * COLUMNS; index += THREADS) {
-                int out = index % (ROWS / 2), n = index / (ROWS / 2);
-                int row = out / 8 * 16 + out % 8;
-                if (n < f.n && first + row < f.m) {
-                    float gate = total(row, n) * scales[n], up = total(row + 8, n) * scales[n];
-                    f.out[(size_t)n * (f.m / 2) + first / 2 + out] = finite_half(silu(gate) * up);
-                }
-            }
-            continue;
-        }
-#pragma unroll
-        for (int o = 0; o < OUTS; o++) {
-            int index = o * THREADS + threadIdx.x;
-            int row = index % ROWS, n = index / ROWS;
-            // Where this row stands in its tile, which may have been moved up.
-            int base = first + row / 16 * 16;
-            int place = row + base - min(base, f.m - 16);
-            bool there = n < f.n && n < COLUMNS && first + row < f.m;
-            float v = there ? total(place, n) : 0.0f;
-            size_t at = (size_t)n * f.m + first + row;
-            if (OP == QKV && there) f.out[at] = finite_half(v * scales[n]);
-            if (OP == HEAD && there) f.logits[at] = v * scales[n];
-            if (OP == RESIDUAL) {
-                v = there ? v + residual[o] : 0.0f;
-                if (there) {
-                    f.residual[at] = v;
-                    f.next[at] = finite_half(v * f.next_norm[first + row]);
-                }
-                float square = sum_lanes<ROWS>(v * v);
-                if (there && row == 0) f.next_squares[n * tiles + tile] = square;
-            }
-        }
+        end.finish(f, tile, tiles, c, sums, scales);
     }
 }
 

@@ -4,41 +4,30 @@
 // A warp takes one group of 128 values along k in a turn: the unscaled products of a group are
 // summed on tensor cores, then scaled into the sum. k is permuted as in skinny.cu.
 #include "quantised.cuh"
+#include "skinny.cuh"
 
 struct SkinnyQ {
     const unsigned char* w;  // [m, k], packed
     const half* scales;      // [k / 128, m]
-    const half* x;           // [n, k]
-    // As in skinny.cu.
-    const float* squares;
-    half* out;
-    float* residual;
-    const float* next_norm;
-    half* next;
-    float* next_squares;
-    float* logits;
-    int m, k, n;
-    int square_parts;
-    float epsilon;
+    Few few;
 };
-
-enum Op { QKV, RESIDUAL, GATE_UP, HEAD };
 
 template <int OP, int BITS, int WARPS, int MT, int NT, int STAGES, bool AHEAD>
 __device__ __forceinline__ void skinny(const SkinnyQ& p) {
-    constexpr int ROWS = 16 * MT, COLUMNS = 8 * NT, THREADS = 32 * WARPS;
-    constexpr int PITCH = ROWS + 4;
+    const Few& f = p.few;
+    using End = TileEnd<OP, WARPS, MT, NT>;
+    constexpr int ROWS = End::ROWS;
     // 16-byte loads of a lane for a group of a row.
     constexpr int LOADS = BITS / 4;
-    __shared__ float sums[WARPS][COLUMNS][PITCH];
-    __shared__ float norm_scales[COLUMNS];
+    __shared__ typename End::Sums sums;
+    __shared__ float row_scales[End::COLUMNS];
     let_next_begin();
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const int g = lane / 4, t = lane % 4;
-    const int groups = p.k / GROUP;
+    const int groups = f.k / GROUP;
     // Turns of a warp in a tile, made whole rounds of the stages.
     const int turns = ((groups + WARPS - 1) / WARPS + STAGES - 1) / STAGES * STAGES;
-    const int tiles = (p.m + ROWS - 1) / ROWS;
+    const int tiles = (f.m + ROWS - 1) / ROWS;
 
     int next_tile = blockIdx.x, next_turn = 0;
     const unsigned char* w[MT];
@@ -46,7 +35,7 @@ __device__ __forceinline__ void skinny(const SkinnyQ& p) {
     auto enter_tile = [&]() {
 #pragma unroll
         for (int i = 0; i < MT; i++) {
-            int row = min(next_tile * ROWS + 16 * i, p.m - 16) + g;
+            int row = min(next_tile * ROWS + 16 * i, f.m - 16) + g;
             w[i] = p.w + group_at<BITS>(row, 0, groups) + t * 16;
             scales[i] = p.scales + row;
         }
@@ -54,7 +43,7 @@ __device__ __forceinline__ void skinny(const SkinnyQ& p) {
     enter_tile();
     const half* x[NT];
 #pragma unroll
-    for (int j = 0; j < NT; j++) x[j] = p.x + (size_t)min(8 * j + g, p.n - 1) * p.k + t * 8;
+    for (int j = 0; j < NT; j++) x[j] = f.x + (size_t)min(8 * j + g, f.n - 1) * f.k + t * 8;
 
     uint4 a[STAGES][MT][2][LOADS];
     half a_scale[STAGES][MT][2];
@@ -68,7 +57,7 @@ __device__ __forceinline__ void skinny(const SkinnyQ& p) {
 #pragma unroll
                     for (int h = 0; h < LOADS; h++)
                         a[s][i][r][h] = load_once(w[i] + (16 * group + 8 * r) * GROUP_BYTES<BITS> + 64 * h);
-                    a_scale[s][i][r] = scales[i][(size_t)group * p.m + 8 * r];
+                    a_scale[s][i][r] = scales[i][(size_t)group * f.m + 8 * r];
                 }
         }
         if (++next_turn == turns) {
@@ -93,32 +82,10 @@ __device__ __forceinline__ void skinny(const SkinnyQ& p) {
 #pragma unroll
         for (int j = 0; j < 4; j++) load_x(j, 0);
     }
-    if (OP != RESIDUAL) {
-        for (int n = warp; n < COLUMNS; n += WARPS) {
-            float scale = 1.0f;
-            if (p.squares && n < p.n) {
-                float sum = 0.0f;
-                for (int i = lane; i < p.square_parts; i += 32)
-                    sum += p.squares[n * p.square_parts + i];
-                scale = rsqrtf(sum_lanes(sum) / p.k + p.epsilon);
-            }
-            if (lane == 0) norm_scales[n] = scale;
-        }
-    }
-    constexpr int OUTS = (ROWS * COLUMNS + THREADS - 1) / THREADS;
+    if (OP != RESIDUAL) norm_scales<WARPS>(f, row_scales);
     for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
-        const int first = tile * ROWS;
-        // What the end needs of the residual, asked for early.
-        float residual[OUTS];
-        if (OP == RESIDUAL) {
-#pragma unroll
-            for (int o = 0; o < OUTS; o++) {
-                int index = o * THREADS + threadIdx.x;
-                int row = first + index % ROWS, n = index / ROWS;
-                residual[o] = row < p.m && n < p.n && n < COLUMNS ? p.residual[(size_t)n * p.m + row] : 0.0f;
-            }
-        }
-
+        End end;
+        end.ask(f, tile * ROWS);
         float c[MT][NT][4] = {};
         for (int turn = 0; turn < turns; turn += STAGES) {
 #pragma unroll
@@ -164,57 +131,7 @@ __device__ __forceinline__ void skinny(const SkinnyQ& p) {
                 load(s);
             }
         }
-        // The tile before has been summed up.
-        if (tile != blockIdx.x) __syncthreads();
-#pragma unroll
-        for (int i = 0; i < MT; i++)
-#pragma unroll
-            for (int j = 0; j < NT; j++)
-#pragma unroll
-                for (int e = 0; e < 4; e++)
-                    sums[warp][8 * j + 2 * t + e % 2][16 * i + g + 8 * (e / 2)] = c[i][j][e];
-        __syncthreads();
-        auto total = [&](int row, int n) {
-            float sum = 0.0f;
-#pragma unroll
-            for (int i = 0; i < WARPS; i++) sum += sums[i][n][row];
-            return sum;
-        };
-
-        if (OP == GATE_UP) {
-            // Of 16 rows the first 8 are gates, the others the ups of the same outputs.
-            for (int index = threadIdx.x; index < ROWS / 2 * COLUMNS; index += THREADS) {
-                int out = index % (ROWS / 2), n = index / (ROWS / 2);
-                int row = out / 8 * 16 + out % 8;
-                if (n < p.n && first + row < p.m) {
-                    float gate = total(row, n) * norm_scales[n], up = total(row + 8, n) * norm_scales[n];
-                    p.out[(size_t)n * (p.m / 2) + first / 2 + out] = finite_half(silu(gate) * up);
-                }
-            }
-            continue;
-        }
-#pragma unroll
-        for (int o = 0; o < OUTS; o++) {
-            int index = o * THREADS + threadIdx.x;
-            int row = index % ROWS, n = index / ROWS;
-            // Where this row stands in its tile, which may have been moved up.
-            int base = first + row / 16 * 16;
-            int place = row + base - min(base, p.m - 16);
-            bool there = n < p.n && n < COLUMNS && first + row < p.m;
-            float v = there ? total(place, n) : 0.0f;
-            size_t at = (size_t)n * p.m + first + row;
-            if (OP == QKV && there) p.out[at] = finite_half(v * norm_scales[n]);
-            if (OP == HEAD && there) p.logits[at] = v * norm_scales[n];
-            if (OP == RESIDUAL) {
-                v = there ? v + residual[o] : 0.0f;
-                if (there) {
-                    p.residual[at] = v;
-                    p.next[at] = finite_half(v * p.next_norm[first + row]);
-                }
-                float square = sum_lanes<ROWS>(v * v);
-                if (there && row == 0) p.next_squares[n * tiles + tile] = square;
-            }
-        }
+        end.finish(f, tile, tiles, c, sums, row_scales);
     }
 }
 

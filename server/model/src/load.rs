@@ -69,6 +69,33 @@ impl Default for LoadOptions {
     }
 }
 
+impl LoadOptions {
+    /// Tokens of a sequence at most, for a model of this context length; errors where that or a
+    /// ceiling of the dials can't be.
+    pub(crate) fn checked_len(&self, context_length: u32) -> Result<u32, LoadError> {
+        let asked = self.max_model_len.unwrap_or(context_length);
+        if asked == 0 || asked > context_length {
+            return Err(LoadError::MaxModelLen {
+                asked,
+                context: context_length,
+            });
+        }
+        for (name, value) in [
+            ("max-num-seqs", self.max_num_seqs),
+            ("max-num-batched-tokens", self.max_num_batched_tokens),
+        ] {
+            if value == 0 {
+                return Err(LoadError::Option {
+                    name,
+                    value: value.to_string(),
+                    expected: "at least 1",
+                });
+            }
+        }
+        Ok(asked)
+    }
+}
+
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum LoadPhase {
     /// Reading the files' headers.

@@ -109,6 +109,54 @@ pub(super) struct Parameters {
     epsilon: f32,
 }
 
+impl Parameters {
+    /// Of `rows` rows times an `[m, k]` matrix, whose outputs are cut in `parts`; all that is read and
+    /// written is large enough. The highest logits are not asked for.
+    pub(super) fn new(
+        rows: usize,
+        (m, k): (usize, usize),
+        input: &FewIn,
+        out: &FewOut,
+        parts: usize,
+    ) -> Result<Self, CudaError> {
+        let mut p = Self {
+            x: input.x.at_least("input of a product", rows * k)?,
+            m: m as i32,
+            k: k as i32,
+            n: rows as i32,
+            epsilon: input.epsilon,
+            ..Self::default()
+        };
+        if let Some(squares) = input.squares {
+            let needed = rows * squares.parts;
+            p.squares = squares.values.at_least("squares of a norm", needed)?;
+            p.square_parts = squares.parts as i32;
+        }
+        match out {
+            FewOut::F16(to) => p.out = to.at_least("output of a product", rows * m)?,
+            FewOut::F32(to) | FewOut::Logits { logits: to, .. } => {
+                p.logits = to.at_least("output of a product", rows * m)?;
+            }
+            FewOut::GateUp(to) => {
+                check("rows of gate and up", m % 16, 0)?;
+                p.out = to.at_least("output of gate and up", rows * m / 2)?;
+            }
+            FewOut::Residual {
+                residual,
+                next_norm,
+                next,
+                squares,
+            } => {
+                p.residual = residual.at_least("residual", rows * m)?;
+                p.next_norm = next_norm.at_least("weights of a norm", m)?;
+                p.next = next.at_least("input of the next product", rows * m)?;
+                p.next_squares = squares.at_least("squares of a norm", rows * parts)?;
+            }
+        }
+        Ok(p)
+    }
+}
+
 #[repr(C)]
 struct SkinnyParameters {
     w: u64,
@@ -220,43 +268,9 @@ impl Kernels {
             FewTile::Skinny { tiles, .. } => 16 * tiles as usize,
             FewTile::Thin { outputs } => outputs,
         });
-        let mut p = Parameters {
-            x: input.x.at_least("input of a product", rows * k)?,
-            m: m as i32,
-            k: k as i32,
-            n: rows as i32,
-            epsilon: input.epsilon,
-            ..Parameters::default()
-        };
-        if let Some(squares) = input.squares {
-            let needed = rows * squares.parts;
-            p.squares = squares.values.at_least("squares of a norm", needed)?;
-            p.square_parts = squares.parts as i32;
-        }
-        match out {
-            FewOut::F16(to) => p.out = to.at_least("output of a product", rows * m)?,
-            FewOut::F32(to) => p.logits = to.at_least("output of a product", rows * m)?,
-            FewOut::Logits { logits, best } => {
-                p.logits = logits.at_least("logits", rows * m)?;
-                if matches!(tile, FewTile::Thin { .. }) {
-                    p.best = best.at_least("highest logits", rows * parts)?;
-                }
-            }
-            FewOut::GateUp(to) => {
-                check("rows of gate and up", m % 16, 0)?;
-                p.out = to.at_least("output of gate and up", rows * m / 2)?;
-            }
-            FewOut::Residual {
-                residual,
-                next_norm,
-                next,
-                squares,
-            } => {
-                p.residual = residual.at_least("residual", rows * m)?;
-                p.next_norm = next_norm.at_least("weights of a norm", m)?;
-                p.next = next.at_least("input of the next product", rows * m)?;
-                p.next_squares = squares.at_least("squares of a norm", rows * parts)?;
-            }
+        let mut p = Parameters::new(rows, (m, k), &input, &out, parts)?;
+        if let (FewOut::Logits { best, .. }, FewTile::Thin { .. }) = (&out, tile) {
+            p.best = best.at_least("highest logits", rows * parts)?;
         }
         let found = match (&out, p.best) {
             (FewOut::Logits { .. }, 0) => 0,

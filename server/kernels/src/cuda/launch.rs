@@ -9,7 +9,7 @@ use super::{
     attention,
     driver::Gpu,
     error::{Context, CudaError},
-    few, image, many, quantised,
+    few, image, many, quantised, quantised_products,
     stream::Stream,
     thin,
 };
@@ -75,8 +75,11 @@ impl Kernels {
         kernels.file("tiled", many::tiled_kernels(gpu.capability()))?;
         kernels.file("heads", plain(&["finish_heads"]))?;
         kernels.file("quantise", quantised::quantise_kernels())?;
-        kernels.file("skinny_q", quantised::few_kernels())?;
-        kernels.file("tiled_q", quantised::tiled_kernels(gpu.capability()))?;
+        kernels.file("skinny_q", quantised_products::few_kernels())?;
+        kernels.file(
+            "tiled_q",
+            quantised_products::tiled_kernels(gpu.capability()),
+        )?;
         kernels.wide = kernels.file("wide", many::wide_kernels())?;
         kernels.file("thin", thin::kernels())?;
         Ok(kernels)

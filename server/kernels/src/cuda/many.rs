@@ -121,7 +121,48 @@ pub(crate) fn tiled_kernels(capability: u32) -> Vec<(String, u32)> {
         .collect()
 }
 
+/// Where a product's outputs go, and how k is cut.
+pub(super) struct Placed {
+    /// 0 where sums are written.
+    pub(super) halves: u64,
+    pub(super) sums: u64,
+    /// Steps of a part.
+    pub(super) steps: usize,
+}
+
 impl ManyOut<'_> {
+    /// Of `n` rows times an `[m, k]` matrix in so many parts. An error where there is no room for the
+    /// outputs, or they can't be cut so.
+    pub(super) fn placed(
+        &self,
+        n: usize,
+        (m, k): (usize, usize),
+        parts: usize,
+    ) -> Result<Placed, CudaError> {
+        let (mut halves, mut sums) = (0, 0);
+        match self {
+            Self::F16(to) => {
+                check("outputs of a product", m % 2, 0)?;
+                halves = to.at_least("output of a product", n * m)?;
+            }
+            Self::GateUp(to) => {
+                check("rows of gate and up", m % 16, 0)?;
+                halves = to.at_least("output of gate and up", n * m / 2)?;
+            }
+            Self::Sums(to) => sums = to.at_least("sums of a product", parts * n * m)?,
+        }
+        if !matches!(self, Self::Sums(_)) {
+            check("parts of a product", parts, 1)?;
+        }
+        let (possible, steps) = ManyShape::split(k, parts);
+        check("parts of a product", possible, parts)?;
+        Ok(Placed {
+            halves,
+            sums,
+            steps,
+        })
+    }
+
     pub(super) fn operation(&self) -> &'static str {
         match self {
             Self::F16(_) => "f16",
@@ -254,23 +295,11 @@ impl Kernels {
     ) -> Result<(), CudaError> {
         let (m, k, n) = (w.rows(), w.cols(), rows);
         let x = x.at_least("input of a product", n * k)?;
-        let (mut halves, mut sums) = (0, 0);
-        match out {
-            ManyOut::F16(to) => {
-                check("outputs of a product", m % 2, 0)?;
-                halves = to.at_least("output of a product", n * m)?;
-            }
-            ManyOut::GateUp(to) => {
-                check("rows of gate and up", m % 16, 0)?;
-                halves = to.at_least("output of gate and up", n * m / 2)?;
-            }
-            ManyOut::Sums(to) => sums = to.at_least("sums of a product", shape.parts * n * m)?,
-        }
-        if !matches!(out, ManyOut::Sums(_)) {
-            check("parts of a product", shape.parts, 1)?;
-        }
-        let (parts, steps) = ManyShape::split(k, shape.parts);
-        check("parts of a product", parts, shape.parts)?;
+        let Placed {
+            halves,
+            sums,
+            steps,
+        } = out.placed(n, (m, k), shape.parts)?;
         if n == 0 {
             return Ok(());
         }
@@ -291,7 +320,7 @@ impl Kernels {
                 grid: [
                     m.div_ceil(side) as u32,
                     n.div_ceil(side) as u32,
-                    parts as u32,
+                    shape.parts as u32,
                 ],
                 threads: if side == 64 { 128 } else { 256 },
                 shared: tiled_shared(side, self.gpu().capability()),
@@ -328,7 +357,7 @@ impl Kernels {
             m: m as i32,
             k: k as i32,
             n: n as i32,
-            parts: parts as i32,
+            parts: shape.parts as i32,
             steps: steps as i32,
             stages: stages(shape.columns) as i32,
         };

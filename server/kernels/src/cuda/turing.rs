@@ -1,7 +1,7 @@
 //! What the machine code for a T4 (sm_75) takes, read out of the embedded images: no such GPU is
 //! needed for it. docs/kernels.md has the table that the test prints.
 
-use super::{attention, few, image, many, quantised};
+use super::{attention, few, image, many, quantised_products};
 
 /// A multiprocessor of compute capability 7.5.
 const REGISTERS: u32 = 64 << 10;
@@ -124,7 +124,7 @@ fn compiled(elf: &[u8]) -> Vec<Compiled> {
 /// The largest dynamic shared memory of each kernel that has any.
 fn dynamic_shared() -> Vec<(String, u32)> {
     let mut all = many::tiled_kernels(75);
-    all.extend(quantised::tiled_kernels(75));
+    all.extend(quantised_products::tiled_kernels(75));
     all.extend(attention::decode_kernels());
     all.extend(attention::prefill_kernels(75));
     all

@@ -41,25 +41,7 @@ impl CpuExecutor {
         progress: &dyn Fn(LoadPhase, f32),
     ) -> Result<(Self, ModelInfo), LoadError> {
         let config = checkpoint.config(tokenizer)?;
-        let max_model_len = options.max_model_len.unwrap_or(config.context_length);
-        if max_model_len == 0 || max_model_len > config.context_length {
-            return Err(LoadError::MaxModelLen {
-                asked: max_model_len,
-                context: config.context_length,
-            });
-        }
-        for (name, value) in [
-            ("max-num-seqs", options.max_num_seqs),
-            ("max-num-batched-tokens", options.max_num_batched_tokens),
-        ] {
-            if value == 0 {
-                return Err(LoadError::Option {
-                    name,
-                    value: value.to_string(),
-                    expected: "at least 1",
-                });
-            }
-        }
+        let max_model_len = options.checked_len(config.context_length)?;
         if !matches!(options.dtype, Dtype::Auto | Dtype::Float16) {
             return Err(LoadError::Option {
                 name: "dtype",

@@ -278,13 +278,7 @@ impl CudaExecutor {
 }
 
 fn sizes(config: &ModelConfig, options: &LoadOptions) -> Result<Sizes, LoadError> {
-    let max_model_len = options.max_model_len.unwrap_or(config.context_length);
-    if max_model_len == 0 || max_model_len > config.context_length {
-        return Err(LoadError::MaxModelLen {
-            asked: max_model_len,
-            context: config.context_length,
-        });
-    }
+    let max_model_len = options.checked_len(config.context_length)?;
     // Attention sees whole contexts; within a window that is the same.
     if let Some(window) = config.attention.window
         && max_model_len as usize > window
@@ -293,18 +287,6 @@ fn sizes(config: &ModelConfig, options: &LoadOptions) -> Result<Sizes, LoadError
             window,
             max_model_len,
         });
-    }
-    for (name, value) in [
-        ("max-num-seqs", options.max_num_seqs),
-        ("max-num-batched-tokens", options.max_num_batched_tokens),
-    ] {
-        if value == 0 {
-            return Err(LoadError::Option {
-                name,
-                value: value.to_string(),
-                expected: "at least 1",
-            });
-        }
     }
     Ok(Sizes {
         max_model_len: max_model_len as usize,
