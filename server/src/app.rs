@@ -3,7 +3,7 @@
 use std::sync::{Arc, OnceLock};
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use stoker_model::{ChatTemplate, Tokenizer};
+use stoker_model::{ChatTemplate, Tokenizer, cuda::GpuProfiler};
 
 use crate::engine::{EngineHandle, Snapshot};
 use crate::lifecycle::Lifecycle;
@@ -21,9 +21,6 @@ pub struct App {
     pub serving: OnceLock<Serving>,
 }
 
-/// Begins and ends what a profiler records of the device.
-pub type Profiler = Box<dyn Fn(bool) -> Result<(), String> + Send + Sync>;
-
 /// A loaded model and its engine.
 pub struct Serving {
     pub engine: EngineHandle,
@@ -35,7 +32,7 @@ pub struct Serving {
     /// Most new tokens of a chat answer that states no limit; `None`: what the context leaves.
     pub default_chat_tokens: Option<u32>,
     /// `None`: there is no profiler for the device. Locked while it records.
-    pub profiler: Option<tokio::sync::Mutex<Profiler>>,
+    pub profiler: Option<tokio::sync::Mutex<GpuProfiler>>,
 }
 
 impl App {

@@ -11,6 +11,7 @@ mod engine;
 mod http;
 mod lifecycle;
 mod metrics;
+pub mod nvtx;
 mod objectives;
 mod openai;
 mod startup;

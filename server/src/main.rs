@@ -3,7 +3,7 @@ use std::time::Duration;
 
 use clap::Parser;
 use stoker_server::args::{Args, ArgsError, LogFormat};
-use tracing_subscriber::EnvFilter;
+use tracing_subscriber::{EnvFilter, Layer, layer::SubscriberExt, util::SubscriberInitExt};
 
 /// Exit code for wrong flags, as clap has it.
 const USAGE: u8 = 2;
@@ -54,12 +54,14 @@ fn start_log(args: &Args) -> Result<(), ArgsError> {
         value: args.log.clone(),
         reason: e.to_string(),
     })?;
-    let builder = tracing_subscriber::fmt()
-        .with_env_filter(filter)
-        .with_writer(std::io::stderr);
-    match args.log_format {
-        LogFormat::Text => builder.with_ansi(false).init(),
-        LogFormat::Json => builder.json().flatten_event(true).init(),
-    }
+    let lines = tracing_subscriber::fmt::layer().with_writer(std::io::stderr);
+    let lines = match args.log_format {
+        LogFormat::Text => lines.with_ansi(false).boxed(),
+        LogFormat::Json => lines.json().flatten_event(true).boxed(),
+    };
+    tracing_subscriber::registry()
+        .with(lines.with_filter(filter))
+        .with(stoker_server::nvtx::ranges())
+        .init();
     Ok(())
 }

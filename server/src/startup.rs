@@ -9,10 +9,11 @@ use stoker_engine::{EngineConfig, Limits, RealClock, SimulatedExecutor, calibrat
 use stoker_hub::HubError;
 use stoker_model::{
     ChatTemplate, KvMemory, LoadError, LoadOptions, LoadedModel, Progress, Tokenizer,
+    cuda::GpuProfiler,
 };
 use thiserror::Error;
 
-use crate::app::{App, Profiler, Serving};
+use crate::app::{App, Serving};
 use crate::args::{Args, Device};
 use crate::download;
 use crate::engine::{EngineHandle, EngineStart};
@@ -77,7 +78,7 @@ struct Loaded {
     tokenizer: Arc<Tokenizer>,
     chat_template: Arc<ChatTemplate>,
     default_chat_tokens: Option<u32>,
-    profiler: Option<Profiler>,
+    profiler: Option<GpuProfiler>,
 }
 
 /// Loads the model, times the device and starts the engine; then the app is ready. Takes seconds
@@ -88,12 +89,7 @@ pub fn start(args: &Args, app: &Arc<App>) -> Result<(), StartError> {
         Device::Simulated => load_simulated(args, app, clock)?,
         Device::Cpu => load(args, app, LoadedModel::load, CPU_TOKENS, |_| None)?,
         Device::Cuda => load(args, app, LoadedModel::load_cuda, CUDA_TOKENS, |executor| {
-            let gpu = executor.gpu().clone();
-            Some(Box::new(move |on| {
-                gpu.make_current()
-                    .and_then(|()| gpu.profile(on))
-                    .map_err(|e| e.to_string())
-            }))
+            Some(executor.profiler())
         })?,
     };
     app.lifecycle.set_progress(LOAD_SHARE);
@@ -190,7 +186,7 @@ fn load<E: Executor + 'static>(
     app: &App,
     load_model: LoadModel<E>,
     most_batched_tokens: u32,
-    profiler: fn(&E) -> Option<Profiler>,
+    profiler: fn(&E) -> Option<GpuProfiler>,
 ) -> Result<Loaded, StartError> {
     let local = download::obtain(args, app)?;
     let defaults = LoadOptions::default();

@@ -3,7 +3,7 @@
 use std::collections::VecDeque;
 
 use stoker_law::{LawFit, Prior};
-use tracing::error;
+use tracing::{error, trace_span};
 
 use crate::clock::Clock;
 use crate::executor::{Capacity, Executor, ExecutorError, Ticket};
@@ -134,8 +134,17 @@ impl<E: Executor> Engine<E> {
         clock: &dyn Clock,
         events: &mut Vec<Event>,
     ) -> Result<(), ExecutorError> {
-        if let Some(batch) = self.scheduler.schedule(now) {
-            self.tickets.push_back(self.executor.submit(batch)?);
+        // Phases for whoever profiles: who is in the step, putting it on the device (named by what
+        // it is), waiting for the one before it, and taking its tokens in.
+        let batch = trace_span!("schedule").in_scope(|| self.scheduler.schedule(now));
+        if let Some(batch) = batch {
+            let phase = match batch.rows.iter().filter(|r| r.tokens.len() == 1).count() {
+                0 => trace_span!("prefill"),
+                decodes if decodes == batch.rows.len() => trace_span!("decode"),
+                _ => trace_span!("mixed"),
+            };
+            let ticket = phase.in_scope(|| self.executor.submit(batch))?;
+            self.tickets.push_back(ticket);
             if self.tickets.len() == 1 {
                 return Ok(());
             }
@@ -143,7 +152,8 @@ impl<E: Executor> Engine<E> {
         let Some(ticket) = self.tickets.pop_front() else {
             return Ok(());
         };
-        let output = self.executor.wait(ticket)?;
+        let output = trace_span!("wait").in_scope(|| self.executor.wait(ticket))?;
+        let _commit = trace_span!("commit").entered();
         let shape = self
             .scheduler
             .commit(&output.tokens, clock.now(), events)

@@ -75,6 +75,7 @@ impl EngineThread {
         while self.take_commands() {
             match self.engine.step(&self.clock) {
                 Ok(events) => {
+                    let _answer = tracing::trace_span!("answer").entered();
                     for event in events {
                         self.requests.handle(event);
                     }

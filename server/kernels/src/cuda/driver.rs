@@ -21,6 +21,15 @@ pub struct GpuOptions {
     pub oldest_code: bool,
 }
 
+impl GpuOptions {
+    /// `oldest_code` where STOKER_CUDA_OLDEST_CODE is set, to anything.
+    pub fn from_environment() -> Self {
+        Self {
+            oldest_code: std::env::var_os("STOKER_CUDA_OLDEST_CODE").is_some(),
+        }
+    }
+}
+
 /// An opened GPU. Its context is shared by all that hold one.
 #[derive(Debug)]
 pub struct Gpu {
@@ -58,12 +67,7 @@ impl Gpu {
         unsafe { sys::cuDriverGetVersion(&mut driver) }
             .result()
             .context("asking for the driver's version")?;
-        if driver < LEAST_DRIVER {
-            return Err(CudaError::OldDriver {
-                found: version(driver),
-                needed: version(LEAST_DRIVER),
-            });
-        }
+        check_driver(driver)?;
         if let Err(error) = result::init() {
             return Err(match error.0 {
                 sys::CUresult::CUDA_ERROR_NO_DEVICE => CudaError::NoDevice,
@@ -87,14 +91,7 @@ impl Gpu {
         let major = attribute(A::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?;
         let minor = attribute(A::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?;
         let capability = (major * 10 + minor) as u32;
-        let oldest = image::oldest();
-        if capability < oldest {
-            return Err(CudaError::Architecture {
-                device: name,
-                found: format!("{major}.{minor}"),
-                built: format!("{}.{}", oldest / 10, oldest % 10),
-            });
-        }
+        check_capability(&name, capability, image::oldest())?;
         let processors = attribute(A::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)? as u32;
         let shared_memory =
             attribute(A::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)? as u32;
@@ -199,6 +196,52 @@ impl Drop for Gpu {
     }
 }
 
+/// Whether a driver loads what the build made.
+fn check_driver(found: i32) -> Result<(), CudaError> {
+    match found < LEAST_DRIVER {
+        true => Err(CudaError::OldDriver {
+            found: version(found),
+            needed: version(LEAST_DRIVER),
+        }),
+        false => Ok(()),
+    }
+}
+
+/// Whether there is code for a device: newer ones compile the oldest PTX.
+fn check_capability(device: &str, found: u32, oldest: u32) -> Result<(), CudaError> {
+    let capability = |number: u32| format!("{}.{}", number / 10, number % 10);
+    match found < oldest {
+        true => Err(CudaError::Architecture {
+            device: device.to_owned(),
+            found: capability(found),
+            built: capability(oldest),
+        }),
+        false => Ok(()),
+    }
+}
+
 fn version(number: i32) -> String {
     format!("{}.{}", number / 1000, number % 1000 / 10)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_old_driver_and_an_old_gpu_are_told_what_is_needed() {
+        assert_eq!(check_driver(13_000), Ok(()));
+        assert_eq!(check_driver(12_000), Ok(()));
+        let error = check_driver(11_080).unwrap_err().to_string();
+        for word in ["11.8", "12.0", "R525"] {
+            assert!(error.contains(word), "{error}");
+        }
+        assert_eq!(check_capability("H100", 90, 75), Ok(()));
+        assert_eq!(check_capability("a card of tomorrow", 120, 75), Ok(()));
+        let error = check_capability("Tesla P100", 60, 75).unwrap_err();
+        assert_eq!(
+            error.to_string(),
+            "Tesla P100 has compute capability 6.0; this build's kernels are for 7.5 and newer"
+        );
+    }
 }

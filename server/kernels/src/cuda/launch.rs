@@ -179,6 +179,7 @@ impl Kernels {
         if shape.grid.contains(&0) {
             return Ok(());
         }
+        let early = shape.early && self.gpu.dependent_launch() && !stream.notes_marks();
         let mut attribute = sys::CUlaunchAttribute {
             id: sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
             pad: [0; 4],
@@ -196,7 +197,7 @@ impl Kernels {
             sharedMemBytes: shape.shared,
             hStream: stream.raw(),
             attrs: &mut attribute,
-            numAttrs: u32::from(shape.early && self.gpu.dependent_launch()),
+            numAttrs: u32::from(early),
         };
         let mut arguments = [std::ptr::from_ref(parameters).cast_mut().cast()];
         // SAFETY: one argument, copied by the call; the rest is the caller's.

@@ -46,5 +46,5 @@ pub use quantised::{Bits, GROUP, Quantised};
 pub use quantised_products::{FEW_ROWS_QUANTISED, QuantisedTile, TiledShape};
 pub use rows::NormRows;
 pub use step::{NOWHERE, PREVIOUS, StepRow, StepSample, StepSequence, StepTile};
-pub use stream::{Event, Graph, Stream};
+pub use stream::{Event, Graph, Marks, Stream};
 pub use weights::{Weights, interleave_gate_up};

@@ -1,7 +1,7 @@
 //! The order of work: streams, events and graphs.
 #![allow(unsafe_code)]
 
-use std::{sync::Arc, time::Duration};
+use std::{cell::RefCell, sync::Arc, time::Duration};
 
 use cudarc::driver::{
     result::{self, stream::StreamKind},
@@ -20,7 +20,12 @@ use crate::error::check;
 pub struct Stream {
     gpu: Arc<Gpu>,
     stream: sys::CUstream,
+    /// What [`Stream::mark`] has noted; `None`: nothing is to be noted.
+    marks: RefCell<Option<Marks>>,
 }
+
+/// Moments in a stream, each with what ended there.
+pub type Marks = Vec<(&'static str, Event)>;
 
 // SAFETY: a handle that any thread may use.
 unsafe impl Send for Stream {}
@@ -31,6 +36,7 @@ impl Stream {
         Ok(Self {
             gpu: gpu.clone(),
             stream,
+            marks: RefCell::new(None),
         })
     }
 
@@ -118,6 +124,31 @@ impl Stream {
     pub fn record(&self, event: &Event) -> Result<(), CudaError> {
         // SAFETY: both live.
         unsafe { result::event::record(event.event, self.stream) }.context("recording an event")
+    }
+
+    /// Notes marks until they are taken. Meanwhile no kernel begins before the one before it has
+    /// ended.
+    pub fn note_marks(&self) {
+        *self.marks.borrow_mut() = Some(Marks::new());
+    }
+
+    /// Marks the end of `what`, the work since the last mark; does nothing if none are noted.
+    pub fn mark(&self, what: &'static str) -> Result<(), CudaError> {
+        if let Some(marks) = self.marks.borrow_mut().as_mut() {
+            let event = Event::new(&self.gpu)?;
+            self.record(&event)?;
+            marks.push((what, event));
+        }
+        Ok(())
+    }
+
+    /// Ends what `note_marks` began.
+    pub fn take_marks(&self) -> Marks {
+        self.marks.take().unwrap_or_default()
+    }
+
+    pub(crate) fn notes_marks(&self) -> bool {
+        self.marks.borrow().is_some()
     }
 }
 

@@ -13,10 +13,7 @@ pub struct Device {
 
 /// The GPU; `None`, and a word about it, where there is none.
 pub fn device(test: &str) -> Option<Device> {
-    let options = GpuOptions {
-        oldest_code: std::env::var_os("STOKER_CUDA_OLDEST_CODE").is_some(),
-    };
-    match Gpu::open(options) {
+    match Gpu::open(GpuOptions::from_environment()) {
         Ok(gpu) => {
             let kernels = Kernels::load(&gpu).unwrap();
             let stream = Stream::new(&gpu).unwrap();

@@ -24,13 +24,13 @@ use serde_json::json;
 use stoker_engine::executor::{Executor, InputToken, Row, Sampling, StepBatch};
 use stoker_kernels::{
     AttentionShape,
-    cuda::{self, Buffer, Gpu, GpuOptions, Kernels, Stream},
+    cuda::{Gpu, GpuOptions, Kernels, Stream},
 };
 use stoker_model::{
     CudaExecutor, Dtype, KvMemory, LoadOptions,
     architecture::{LLAMA, PairOrder},
     config::{ModelConfig, RopeScaling},
-    cuda::{Tuning, Weights},
+    cuda::{Tuning, Weights, copy_rate},
 };
 
 type Error = Box<dyn std::error::Error>;
@@ -157,24 +157,8 @@ fn row(slot: usize, start: usize, tokens: usize, next_block: &mut u32, sample: b
     }
 }
 
-/// Bytes a second that a copy of 4 GiB moves, counting those read and those written.
-fn copy_rate(gpu: &Arc<Gpu>, stream: &Stream) -> Result<f64, Error> {
-    let len = 2usize << 30;
-    let (from, to) = (
-        Buffer::<u8>::zeroed(gpu, "a copy", len)?,
-        Buffer::<u8>::zeroed(gpu, "a copy", len)?,
-    );
-    let (begun, ended) = (cuda::Event::new(gpu)?, cuda::Event::new(gpu)?);
-    let mut best = f64::INFINITY;
-    for _ in 0..8 {
-        stream.record(&begun)?;
-        stream.copy(from.all(), to.all())?;
-        stream.record(&ended)?;
-        ended.synchronize()?;
-        best = best.min(ended.since(&begun)?.as_secs_f64());
-    }
-    Ok(2.0 * len as f64 / best)
-}
+/// Bytes that are copied to learn the memory's rate.
+const COPIED: usize = 2 << 30;
 
 fn main() -> Result<(), Error> {
     let mut arguments: Vec<String> = std::env::args().skip(1).collect();
@@ -192,9 +176,7 @@ fn main() -> Result<(), Error> {
         false => arguments.iter().any(|a| a == what),
     };
     let begun = Instant::now();
-    let gpu = Gpu::open(GpuOptions {
-        oldest_code: std::env::var_os("STOKER_CUDA_OLDEST_CODE").is_some(),
-    })?;
+    let gpu = Gpu::open(GpuOptions::from_environment())?;
     let kernels = Arc::new(Kernels::load(&gpu)?);
     println!(
         "{}, driver {}: kernels loaded after {:.2} s",
@@ -203,7 +185,7 @@ fn main() -> Result<(), Error> {
         begun.elapsed().as_secs_f64()
     );
     let stream = Stream::new(&gpu)?;
-    let copy = copy_rate(&gpu, &stream)?;
+    let copy = copy_rate(&gpu, &stream, COPIED)?;
     println!("copy: {:.3} TB/s", copy / 1e12);
     let config = llama_3b();
     let bench = Bench {

@@ -5,11 +5,12 @@ use std::{collections::VecDeque, sync::Arc, time::Duration};
 use stoker_engine::executor::{Capacity, Executor, ExecutorError, StepBatch, StepOutput, Ticket};
 use stoker_kernels::{
     BLOCK_SIZE,
-    cuda::{Buffer, CudaError, Event, Gpu, GpuOptions, Graph, Kernels, Pinned, Stream},
+    cuda::{Buffer, CudaError, Event, Gpu, GpuOptions, Graph, Kernels, Marks, Pinned, Stream},
 };
 
 use super::{
-    Forward, Layout, Packed, Sizes, Tuning, Weights, memory,
+    Forward, GpuProfiler, Layout, Packed, Sizes, Tuning, Weights, memory,
+    profile::{Probe, Work, copy_rate},
     sizes::{bucket_of, buckets},
     step::Bounds,
 };
@@ -23,6 +24,9 @@ use crate::{
 
 /// Steps whose descriptions and results the host holds: two in flight and the one being built.
 const RING: usize = 3;
+
+/// Bytes that are copied to learn the memory's rate, far more than caches hold.
+const COPIED: usize = 256 << 20;
 
 /// A model on an NVIDIA GPU. Steps run in the order of one stream; any thread may drive it.
 pub struct CudaExecutor {
@@ -43,6 +47,8 @@ pub struct CudaExecutor {
     in_flight: VecDeque<Vec<bool>>,
     submitted: u64,
     waited: u64,
+    probe: Arc<Probe>,
+    copy_rate: f64,
 }
 
 /// What a step in flight holds.
@@ -50,6 +56,8 @@ struct Place {
     description: Pinned<u8>,
     begun: Event,
     ended: Event,
+    /// What its kernels are timed by, and what they do, if it is measured.
+    probed: Option<(Marks, Vec<Work>)>,
 }
 
 impl CudaExecutor {
@@ -63,7 +71,7 @@ impl CudaExecutor {
     ) -> Result<(Self, ModelInfo), LoadError> {
         let config = checkpoint.config(tokenizer)?;
         let sizes = sizes(&config, options)?;
-        let gpu = Gpu::open(GpuOptions::default())?;
+        let gpu = Gpu::open(GpuOptions::from_environment())?;
         let kernels = Arc::new(Kernels::load(&gpu)?);
         let weights = Weights::load(&kernels, checkpoint, &config, options.dtype, &|share| {
             progress(LoadPhase::Weights, share * 0.95);
@@ -112,13 +120,16 @@ impl CudaExecutor {
         let least = sizes.max_rows.div_ceil(BLOCK_SIZE) + sizes.max_sequences;
         let build = |blocks| Self::with_blocks(&kernels, config, &weights, sizes, blocks, tuning);
         let trial = build(least)?;
+        let copied = COPIED.min(gpu.memory()?.0 as usize / 4);
+        let copy_rate = copy_rate(&gpu, &trial.stream, copied)?;
         let without_cache = gpu.memory()?.0 + Forward::block_bytes(&config) * least as u64;
         drop(trial);
         let reserve = before.saturating_sub(without_cache);
         let held = Buffer::<u8>::zeroed(&gpu, "a step's activations", reserve as usize)?;
         let blocks = memory::blocks(&gpu, &config, &sizes, options);
         drop(held);
-        let executor = build(blocks?)?;
+        let mut executor = build(blocks?)?;
+        executor.copy_rate = copy_rate;
         let kv_bytes = Forward::block_bytes(&config) * u64::from(executor.capacity.blocks);
         tracing::info!(
             gpu = gpu.name(),
@@ -158,6 +169,7 @@ impl CudaExecutor {
                     description: Pinned::zeroed(&gpu, bytes)?,
                     begun: Event::new(&gpu)?,
                     ended: Event::new(&gpu)?,
+                    probed: None,
                 })
             })
             .collect::<Result<_, CudaError>>()?;
@@ -197,13 +209,20 @@ impl CudaExecutor {
             in_flight: VecDeque::with_capacity(RING),
             submitted: 0,
             waited: 0,
+            probe: Arc::default(),
+            copy_rate: 0.0,
         };
         executor.gpu.synchronize()?;
         Ok(executor)
     }
 
-    pub fn gpu(&self) -> &Arc<Gpu> {
-        &self.gpu
+    /// What times this executor's kernels, from any thread.
+    pub fn profiler(&self) -> GpuProfiler {
+        GpuProfiler {
+            gpu: self.gpu.clone(),
+            probe: self.probe.clone(),
+            copy_rate: self.copy_rate,
+        }
     }
 
     pub fn forward(&self) -> &Forward {
@@ -217,7 +236,8 @@ impl CudaExecutor {
         let first = turn * most;
         self.packed.fill(batch, &self.bounds, first..first + most)?;
         self.gpu.make_current().map_err(failed)?;
-        let graph = match self.packed.only_decodes() {
+        let probed = self.probe.takes_step();
+        let graph = match self.packed.only_decodes() && !probed {
             true => bucket_of(&self.buckets, self.packed.sequences()),
             false => None,
         };
@@ -227,7 +247,10 @@ impl CudaExecutor {
         let place = &mut self.places[turn];
         let bytes = self.packed.write(&mut place.description).map_err(failed)?;
         let stream = &self.stream;
-        stream
+        if probed {
+            stream.note_marks();
+        }
+        let started = stream
             .upload(&place.description, bytes, self.step.all())
             .and_then(|()| stream.record(&place.begun))
             .and_then(|()| match graph {
@@ -238,8 +261,10 @@ impl CudaExecutor {
                         .run(stream, &layout, self.step.all(), self.results.on_gpu())
                 }
             })
-            .and_then(|()| stream.record(&place.ended))
-            .map_err(failed)?;
+            .and_then(|()| stream.record(&place.ended));
+        let marks = stream.take_marks();
+        started.map_err(failed)?;
+        place.probed = probed.then(|| (marks, Work::of(&self.forward, batch)));
         let sampled = batch.rows.iter().map(|row| row.sample.is_some()).collect();
         self.in_flight.push_back(sampled);
         Ok(())
@@ -250,9 +275,15 @@ impl CudaExecutor {
         let sampled = self.in_flight.pop_front().ok_or("no step is in flight")?;
         self.gpu.make_current().map_err(failed)?;
         let turn = step as usize % RING;
-        let place = &self.places[turn];
+        let place = &mut self.places[turn];
         place.ended.synchronize().map_err(failed)?;
         let device_time: Duration = place.ended.since(&place.begun).map_err(failed)?;
+        if let Some((marks, work)) = place.probed.take() {
+            let seconds = device_time.as_secs_f64();
+            self.probe
+                .add(&place.begun, marks, &work, seconds)
+                .map_err(failed)?;
+        }
         let first = turn * self.bounds.sizes.max_sequences;
         let vocab = self.bounds.vocab;
         let tokens = sampled

@@ -160,6 +160,10 @@ impl Forward {
         &self.config
     }
 
+    pub fn weights(&self) -> &Weights {
+        &self.weights
+    }
+
     pub fn cache_shape(&self) -> &CacheShape {
         &self.cache_shape
     }
@@ -182,6 +186,7 @@ impl Forward {
             && layout.samples == layout.rows
             && layout.rows <= self.few_rows();
         self.embed(stream, layout, step)?;
+        stream.mark("embedding")?;
         let parts = match few {
             true => self.few(stream, layout, step)?,
             false => self.many(stream, layout, step)?,
@@ -194,7 +199,8 @@ impl Forward {
             samples,
             self.previous.all(),
             out,
-        )
+        )?;
+        stream.mark("sampling")
     }
 
     /// Most rows that weights are streamed for.
@@ -283,8 +289,10 @@ impl Forward {
                 product::few(&self.kernels, stream, rows, input, w, out, tile)
             };
             product(input, &layer.qkv, FewOut::F16(self.qkv.all()), qkv)?;
+            stream.mark("qkv")?;
             self.finish_heads(stream, rows, layer)?;
             self.decode(stream, layout, step, i)?;
+            stream.mark("attention")?;
             let residual = |next_norm, place: usize| FewOut::Residual {
                 residual: self.residual.all(),
                 next_norm,
@@ -297,30 +305,34 @@ impl Forward {
                 residual(layer.ffn_norm.all(), 0),
                 output,
             )?;
+            stream.mark("output")?;
             product(
                 normed(0, parts),
                 &layer.gate_up,
                 FewOut::GateUp(self.inner.all()),
                 gate_up,
             )?;
+            stream.mark("gate_up")?;
             let parts = product(
                 plain(self.inner.all()),
                 &layer.down,
                 residual(self.norm_after(i), 1),
                 down,
             )?;
+            stream.mark("down")?;
             input = normed(1, parts);
         }
-        let w = self.weights.head();
-        product::few(
+        let parts = product::few(
             &self.kernels,
             stream,
             rows,
             input,
-            w,
+            self.weights.head(),
             self.few_logits(),
             head,
-        )
+        )?;
+        stream.mark("head")?;
+        Ok(parts)
     }
 
     fn few_logits(&self) -> FewOut<'_> {
@@ -365,21 +377,30 @@ impl Forward {
                 let count = rows * layer.qkv.rows();
                 k.sum(stream, self.sums.all(), parts, self.qkv.all(), count)?;
             }
+            stream.mark("qkv")?;
             self.finish_heads(stream, rows, layer)?;
             self.chunks(stream, layout, step, i)?;
+            stream.mark("attention")?;
             let parts = sums_of(self.attention.all(), &layer.output)?;
+            stream.mark("output")?;
             norm(parts, layer.ffn_norm.all(), None)?;
+            stream.mark("norms")?;
             let out = ManyOut::GateUp(self.inner.all());
             let x = self.normed.all();
             self.product(stream, rows, x, &layer.gate_up, out, Becomes::GateUp)?;
+            stream.mark("gate_up")?;
             let parts = sums_of(self.inner.all(), &layer.down)?;
+            stream.mark("down")?;
             let samples = match i == last {
                 true => Some(layout.step_samples(step)?),
                 false => None,
             };
             norm(parts, self.norm_after(i), samples)?;
+            stream.mark("norms")?;
         }
-        self.head(stream, layout.samples)
+        let parts = self.head(stream, layout.samples)?;
+        stream.mark("head")?;
+        Ok(parts)
     }
 
     /// A product of many rows; gives the parts that its sums are in.

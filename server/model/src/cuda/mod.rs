@@ -5,12 +5,14 @@ mod forward;
 mod load;
 mod memory;
 mod product;
+mod profile;
 mod sizes;
 mod step;
 mod weights;
 
 pub use executor::CudaExecutor;
 pub use forward::{Forward, Tuning};
+pub use profile::{Breakdown, GpuProfiler, KernelClass, copy_rate};
 pub use sizes::Sizes;
 pub use step::{Layout, Packed};
 pub use weights::{Layer, Matrix, Weights};

@@ -1,0 +1,157 @@
+//! NVTX 3 as a program meets it: a profiler names a library in the environment, which asks for a
+//! table of functions and fills in those that it wants to hear of. The structures and numbers are
+//! those of nvtxTypes.h (NVTX 3, load sequence 2).
+#![allow(unsafe_code)]
+
+use std::ffi::{CStr, c_char, c_int, c_uint, c_void};
+use std::ptr;
+use std::sync::atomic::{AtomicPtr, Ordering};
+
+use libloading::os::unix::Library;
+
+/// Where a profiler says which library it is, for programs of 64 bits.
+const VARIABLE: &str = "NVTX_INJECTION64_PATH";
+
+const NVTX_VERSION: u32 = 3;
+
+/// `NVTX_ETID_CALLBACKS` and `NVTX_ETID_VERSIONINFO`.
+const CALLBACKS: u32 = 1;
+const VERSION_INFO: u32 = 3;
+
+/// `NVTX_CB_MODULE_CORE` and `NVTX_CB_MODULE_CORE2`, and the functions of each, the first of which
+/// is none.
+const CORE: c_int = 1;
+const CORE2: c_int = 5;
+const FUNCTIONS: usize = 16;
+
+/// `NVTX_CBID_CORE_RangePushA` and `NVTX_CBID_CORE_RangePop`.
+const RANGE_PUSH: usize = 9;
+const RANGE_POP: usize = 11;
+
+/// Functions of a module; null where the profiler doesn't listen.
+type Slots = [AtomicPtr<c_void>; FUNCTIONS];
+/// A module's places for functions, as the profiler gets them; a null ends them.
+type Table = [AtomicPtr<AtomicPtr<c_void>>; FUNCTIONS + 1];
+
+static CORE_SLOTS: Slots = [const { AtomicPtr::new(ptr::null_mut()) }; FUNCTIONS];
+static CORE_TABLE: Table = [const { AtomicPtr::new(ptr::null_mut()) }; FUNCTIONS + 1];
+/// Ranges of domains, which we have none of; profilers want to find the table.
+static CORE2_SLOTS: Slots = [const { AtomicPtr::new(ptr::null_mut()) }; FUNCTIONS];
+static CORE2_TABLE: Table = [const { AtomicPtr::new(ptr::null_mut()) }; FUNCTIONS + 1];
+
+/// `NvtxExportTableCallbacks`.
+#[repr(C)]
+struct ExportedCallbacks {
+    size: usize,
+    get_module_function_table: unsafe extern "C" fn(c_int, *mut *const Table, *mut c_uint) -> c_int,
+}
+
+/// `NvtxExportTableVersionInfo`.
+#[repr(C)]
+struct ExportedVersion {
+    size: usize,
+    version: u32,
+    reserved: u32,
+    set_injection_version: extern "C" fn(u32),
+}
+
+static EXPORTED_CALLBACKS: ExportedCallbacks = ExportedCallbacks {
+    size: size_of::<ExportedCallbacks>(),
+    get_module_function_table: module_function_table,
+};
+
+static EXPORTED_VERSION: ExportedVersion = ExportedVersion {
+    size: size_of::<ExportedVersion>(),
+    version: NVTX_VERSION,
+    reserved: 0,
+    set_injection_version: ignore_version,
+};
+
+type ExportTable = extern "C" fn(u32) -> *const c_void;
+type Initialize = unsafe extern "C" fn(ExportTable) -> c_int;
+
+extern "C" fn export_table(id: u32) -> *const c_void {
+    match id {
+        CALLBACKS => ptr::from_ref(&EXPORTED_CALLBACKS).cast(),
+        VERSION_INFO => ptr::from_ref(&EXPORTED_VERSION).cast(),
+        _ => ptr::null(),
+    }
+}
+
+extern "C" fn ignore_version(_: u32) {}
+
+/// # Safety
+/// `table` and `size` are null or may be written.
+unsafe extern "C" fn module_function_table(
+    module: c_int,
+    table: *mut *const Table,
+    size: *mut c_uint,
+) -> c_int {
+    let found = match module {
+        CORE => &CORE_TABLE,
+        CORE2 => &CORE2_TABLE,
+        _ => return 0,
+    };
+    if !table.is_null() {
+        // SAFETY: the caller's.
+        unsafe { *table = found };
+    }
+    if !size.is_null() {
+        // SAFETY: the caller's.
+        unsafe { *size = FUNCTIONS as c_uint };
+    }
+    1
+}
+
+/// A profiler's library, which stays loaded until the program ends.
+pub struct Injection {
+    push: Option<unsafe extern "C" fn(*const c_char) -> c_int>,
+    pop: Option<unsafe extern "C" fn() -> c_int>,
+}
+
+impl Injection {
+    /// The library that the environment names, if it is one and has taken the tables.
+    pub fn load() -> Option<Self> {
+        let path = std::env::var_os(VARIABLE)?;
+        for (table, slots) in [(&CORE_TABLE, &CORE_SLOTS), (&CORE2_TABLE, &CORE2_SLOTS)] {
+            for (place, slot) in table.iter().zip(slots).skip(1) {
+                place.store(ptr::from_ref(slot).cast_mut(), Ordering::Relaxed);
+            }
+        }
+        // SAFETY: whoever sets the environment may run code in this process.
+        let library = unsafe { Library::new(&path) }.ok()?;
+        // SAFETY: the symbol has this type, by NVTX.
+        let initialize = unsafe { library.get::<Initialize>(b"InitializeInjectionNvtx2\0") };
+        // SAFETY: as NVTX has it called: once, with the function that gives the tables.
+        let attached = initialize.is_ok_and(|initialize| unsafe { initialize(export_table) } != 0);
+        if !attached {
+            return None;
+        }
+        // What the tables point to now is in it.
+        std::mem::forget(library);
+        let slot = |at: usize| CORE_SLOTS[at].load(Ordering::Acquire);
+        // SAFETY: null, or what the profiler put there, which has the function's type.
+        unsafe {
+            Some(Self {
+                push: std::mem::transmute::<*mut c_void, Option<_>>(slot(RANGE_PUSH)),
+                pop: std::mem::transmute::<*mut c_void, Option<_>>(slot(RANGE_POP)),
+            })
+        }
+    }
+
+    /// Begins a range of the calling thread.
+    pub fn push(&self, name: &CStr) {
+        if let Some(push) = self.push {
+            // SAFETY: the profiler's function, which copies the text.
+            unsafe { push(name.as_ptr()) };
+        }
+    }
+
+    /// Ends the thread's newest range.
+    pub fn pop(&self) {
+        if let Some(pop) = self.pop {
+            // SAFETY: the profiler's function.
+            unsafe { pop() };
+        }
+    }
+}
