@@ -63,7 +63,8 @@ pub enum LoadError {
     #[error("--max-model-len {asked} is outside 1..={context}, the model's context length")]
     MaxModelLen { asked: u32, context: u32 },
     #[error(
-        "{available} bytes for the KV cache hold {fit} tokens, fewer than one sequence of --max-model-len {max_model_len} needs ({needed} bytes); lower --max-model-len to at most {fit} or give the server more memory"
+        "{available} bytes for the KV cache hold {fit} tokens, fewer than one sequence of --max-model-len {max_model_len} needs ({needed} bytes); {}",
+        remedy(*fit)
     )]
     KvMemory {
         available: u64,
@@ -87,4 +88,12 @@ pub enum LoadError {
         value: String,
         expected: &'static str,
     },
+}
+
+/// What helps where the KV cache has room for `fit` tokens.
+fn remedy(fit: u64) -> String {
+    match fit {
+        0 => "nothing is left beside the weights: give the server more memory, or a smaller model or --dtype".into(),
+        _ => format!("lower --max-model-len to at most {fit} or give the server more memory"),
+    }
 }

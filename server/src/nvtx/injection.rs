@@ -104,10 +104,7 @@ unsafe extern "C" fn module_function_table(
 }
 
 /// A profiler's library, which stays loaded until the program ends.
-pub struct Injection {
-    push: Option<unsafe extern "C" fn(*const c_char) -> c_int>,
-    pop: Option<unsafe extern "C" fn() -> c_int>,
-}
+pub struct Injection(());
 
 impl Injection {
     /// The library that the environment names, if it is one and has taken the tables.
@@ -129,19 +126,15 @@ impl Injection {
         }
         // What the tables point to now is in it.
         std::mem::forget(library);
-        let slot = |at: usize| CORE_SLOTS[at].load(Ordering::Acquire);
-        // SAFETY: null, or what the profiler put there, which has the function's type.
-        unsafe {
-            Some(Self {
-                push: std::mem::transmute::<*mut c_void, Option<_>>(slot(RANGE_PUSH)),
-                pop: std::mem::transmute::<*mut c_void, Option<_>>(slot(RANGE_POP)),
-            })
-        }
+        Some(Self(()))
     }
 
     /// Begins a range of the calling thread.
     pub fn push(&self, name: &CStr) {
-        if let Some(push) = self.push {
+        type Push = unsafe extern "C" fn(*const c_char) -> c_int;
+        // SAFETY: null, or what the profiler put there, which has this type.
+        let push = unsafe { std::mem::transmute::<*mut c_void, Option<Push>>(slot(RANGE_PUSH)) };
+        if let Some(push) = push {
             // SAFETY: the profiler's function, which copies the text.
             unsafe { push(name.as_ptr()) };
         }
@@ -149,9 +142,17 @@ impl Injection {
 
     /// Ends the thread's newest range.
     pub fn pop(&self) {
-        if let Some(pop) = self.pop {
+        type Pop = unsafe extern "C" fn() -> c_int;
+        // SAFETY: as above.
+        let pop = unsafe { std::mem::transmute::<*mut c_void, Option<Pop>>(slot(RANGE_POP)) };
+        if let Some(pop) = pop {
             // SAFETY: the profiler's function.
             unsafe { pop() };
         }
     }
+}
+
+/// Looked up each time: a profiler may begin to listen at any moment.
+fn slot(at: usize) -> *mut c_void {
+    CORE_SLOTS[at].load(Ordering::Acquire)
 }

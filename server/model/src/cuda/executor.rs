@@ -26,7 +26,7 @@ use crate::{
 const RING: usize = 3;
 
 /// Bytes that are copied to learn the memory's rate, far more than caches hold.
-const COPIED: usize = 256 << 20;
+const COPIED: usize = 1 << 30;
 
 /// A model on an NVIDIA GPU. Steps run in the order of one stream; any thread may drive it.
 pub struct CudaExecutor {

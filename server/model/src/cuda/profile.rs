@@ -153,7 +153,11 @@ impl GpuProfiler {
 
     /// Has the next steps run kernel by kernel, each timed.
     pub fn break_down(&self, steps: u32) {
-        let mut found = self.probe.found.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut found = self
+            .probe
+            .found
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
         *found = Breakdown::default();
         self.probe.wanted.store(steps, Ordering::Relaxed);
     }
@@ -163,7 +167,11 @@ impl GpuProfiler {
         if enough {
             self.probe.wanted.store(0, Ordering::Relaxed);
         }
-        let found = self.probe.found.lock().unwrap_or_else(PoisonError::into_inner);
+        let found = self
+            .probe
+            .found
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
         found.clone()
     }
 
