@@ -9,7 +9,7 @@ use stoker_engine::{EngineConfig, Limits, RealClock, SimulatedExecutor, calibrat
 use stoker_hub::HubError;
 use stoker_model::{
     ChatTemplate, KvMemory, LoadError, LoadOptions, LoadedModel, Progress, Tokenizer,
-    cuda::GpuProfiler,
+    cuda::{DeviceMemory, GpuProfiler},
 };
 use thiserror::Error;
 
@@ -78,6 +78,8 @@ struct Loaded {
     tokenizer: Arc<Tokenizer>,
     chat_template: Arc<ChatTemplate>,
     default_chat_tokens: Option<u32>,
+    /// What takes the device's memory, in bytes.
+    memory: Vec<(&'static str, u64)>,
     profiler: Option<GpuProfiler>,
 }
 
@@ -89,12 +91,13 @@ pub fn start(args: &Args, app: &Arc<App>) -> Result<(), StartError> {
         Device::Simulated => load_simulated(args, app, clock)?,
         Device::Cpu => load(args, app, LoadedModel::load, CPU_TOKENS, |_| None)?,
         Device::Cuda => load(args, app, LoadedModel::load_cuda, CUDA_TOKENS, |executor| {
-            Some(executor.profiler())
+            Some((executor.profiler(), executor.memory()))
         })?,
     };
     app.lifecycle.set_progress(LOAD_SHARE);
     let prior = calibrate(&mut *loaded.executor)?;
     let capacity = loaded.executor.capacity();
+    app.metrics.device_memory(&loaded.memory)?;
     let metrics = app.metrics.engine_started(capacity.max_model_len)?;
     let on_failure = {
         let lifecycle = app.lifecycle.clone();
@@ -174,6 +177,7 @@ fn load_simulated(args: &Args, app: &App, clock: RealClock) -> Result<Loaded, St
         chat_template: Arc::new(ChatTemplate::chatml()?),
         executor: Box::new(SimulatedExecutor::new(profile, clock)),
         default_chat_tokens: Some(SIMULATED_CHAT_TOKENS),
+        memory: Vec::new(),
         profiler: None,
     })
 }
@@ -186,7 +190,7 @@ fn load<E: Executor + 'static>(
     app: &App,
     load_model: LoadModel<E>,
     most_batched_tokens: u32,
-    profiler: fn(&E) -> Option<GpuProfiler>,
+    of_gpu: fn(&E) -> Option<(GpuProfiler, DeviceMemory)>,
 ) -> Result<Loaded, StartError> {
     let local = download::obtain(args, app)?;
     let defaults = LoadOptions::default();
@@ -215,8 +219,21 @@ fn load<E: Executor + 'static>(
         threads = model.info.threads,
         "model"
     );
+    let Capacity {
+        blocks, block_size, ..
+    } = model.executor.capacity();
+    let kv_tokens = u64::from(blocks) * u64::from(block_size);
+    let mut memory = vec![
+        ("weights", model.info.weight_bytes),
+        ("kv_cache", kv_tokens * model.info.kv_bytes_per_token),
+    ];
+    let profiler = of_gpu(&model.executor).map(|(profiler, of_device)| {
+        memory.extend([("steps", of_device.steps), ("total", of_device.total)]);
+        profiler
+    });
     Ok(Loaded {
-        profiler: profiler(&model.executor),
+        memory,
+        profiler,
         executor: Box::new(model.executor),
         tokenizer: model.tokenizer,
         chat_template: model.chat_template,

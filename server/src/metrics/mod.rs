@@ -10,7 +10,8 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use prometheus::core::Collector;
 use prometheus::{
-    Gauge, Histogram, HistogramOpts, IntCounter, IntCounterVec, Opts, Registry, TextEncoder,
+    Gauge, GaugeVec, Histogram, HistogramOpts, IntCounter, IntCounterVec, Opts, Registry,
+    TextEncoder,
 };
 
 use crate::engine::Snapshot;
@@ -119,6 +120,21 @@ impl Metrics {
             engine: OnceLock::new(),
             scrape: Mutex::new(()),
         })
+    }
+
+    /// Sets what takes the device's memory, part by part in bytes; once.
+    pub fn device_memory(&self, parts: &[(&str, u64)]) -> Result<()> {
+        let family = Family {
+            registry: &self.rest,
+            model_name: &self.model_name,
+        };
+        let help = "Memory of the device: weights, KV cache, what the largest step takes, and all there is.";
+        let opts = family.opts("stoker:device_memory_bytes", help);
+        let gauges = family.register(GaugeVec::new(opts, &["part"])?)?;
+        for &(part, bytes) in parts {
+            gauges.with_label_values(&[part]).set(bytes as f64);
+        }
+        Ok(())
     }
 
     /// Registers the engine's metrics, once the model is loaded.

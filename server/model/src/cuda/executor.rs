@@ -49,6 +49,15 @@ pub struct CudaExecutor {
     waited: u64,
     probe: Arc<Probe>,
     copy_rate: f64,
+    memory: DeviceMemory,
+}
+
+/// Bytes of the GPU's memory. Weights and KV cache are what the model and its capacity say.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct DeviceMemory {
+    pub total: u64,
+    /// What the largest step and all graphs take.
+    pub steps: u64,
 }
 
 /// What a step in flight holds.
@@ -130,6 +139,10 @@ impl CudaExecutor {
         drop(held);
         let mut executor = build(blocks?)?;
         executor.copy_rate = copy_rate;
+        executor.memory = DeviceMemory {
+            total,
+            steps: reserve,
+        };
         let kv_bytes = Forward::block_bytes(&config) * u64::from(executor.capacity.blocks);
         tracing::info!(
             gpu = gpu.name(),
@@ -211,9 +224,14 @@ impl CudaExecutor {
             waited: 0,
             probe: Arc::default(),
             copy_rate: 0.0,
+            memory: DeviceMemory::default(),
         };
         executor.gpu.synchronize()?;
         Ok(executor)
+    }
+
+    pub fn memory(&self) -> DeviceMemory {
+        self.memory
     }
 
     /// What times this executor's kernels, from any thread.
