@@ -196,7 +196,11 @@ async fn the_reference_under_preemption_and_moving_dials() {
         server.metric("stoker:kv_capacity_tokens", &[]).await,
         KV_TOKENS as f64
     );
-    let memory = async |part| server.metric("stoker:device_memory_bytes", &[("part", part)]).await;
+    let memory = async |part| {
+        server
+            .metric("stoker:device_memory_bytes", &[("part", part)])
+            .await
+    };
     assert_eq!(
         memory("kv_cache").await,
         (KV_TOKENS * KV_BYTES_PER_TOKEN) as f64

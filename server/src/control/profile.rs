@@ -40,7 +40,7 @@ pub struct ProfileBody {
     /// New tokens.
     pub generated_tokens: u64,
     pub prompt_tokens: u64,
-    /// Up to 20 steps after the window, run kernel by kernel.
+    /// Up to 20 steps after the window, whose kernels were timed.
     pub breakdown: BreakdownBody,
 }
 
@@ -89,8 +89,8 @@ impl Drop for Recording<'_> {
 }
 
 /// Has a profiler that was started to wait (nsys profile --capture-range=cudaProfilerApi) record for
-/// so many seconds, and tells what the engine did in them; then times up to 20 steps kernel by
-/// kernel, tells where their time went, and logs it. For --device cuda only.
+/// so many seconds, and tells what the engine did in them; then times the kernels of up to 20
+/// steps, tells where their time went, and logs it. For --device cuda only.
 #[utoipa::path(post, path = "/control/v1/profile", tag = "control", request_body = ProfileRequest,
     responses((status = 200, body = ProfileBody), (status = 400, body = ErrorBody),
         (status = 401, body = ErrorBody), (status = 403, body = ErrorBody),

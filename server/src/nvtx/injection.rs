@@ -18,26 +18,26 @@ const NVTX_VERSION: u32 = 3;
 const CALLBACKS: u32 = 1;
 const VERSION_INFO: u32 = 3;
 
-/// `NVTX_CB_MODULE_CORE` and `NVTX_CB_MODULE_CORE2`, and the functions of each, the first of which
-/// is none.
-const CORE: c_int = 1;
-const CORE2: c_int = 5;
-const FUNCTIONS: usize = 16;
+/// How many functions each module (`NVTX_CB_MODULE_…`) has, the first of which is none: none at 0,
+/// then the core, CUDA, OpenCL, the CUDA runtime, domains, and synchronisation. We call the core's
+/// alone; profilers take no program that lacks a table.
+const FUNCTIONS: [usize; 7] = [0, 16, 9, 15, 7, 16, 7];
+const MOST_FUNCTIONS: usize = 16;
+const CORE: usize = 1;
 
 /// `NVTX_CBID_CORE_RangePushA` and `NVTX_CBID_CORE_RangePop`.
 const RANGE_PUSH: usize = 9;
 const RANGE_POP: usize = 11;
 
-/// Functions of a module; null where the profiler doesn't listen.
-type Slots = [AtomicPtr<c_void>; FUNCTIONS];
-/// A module's places for functions, as the profiler gets them; a null ends them.
-type Table = [AtomicPtr<AtomicPtr<c_void>>; FUNCTIONS + 1];
+/// Functions of each module; null where the profiler doesn't listen.
+static SLOTS: [[AtomicPtr<c_void>; MOST_FUNCTIONS]; 7] =
+    [const { [const { AtomicPtr::new(ptr::null_mut()) }; MOST_FUNCTIONS] }; 7];
 
-static CORE_SLOTS: Slots = [const { AtomicPtr::new(ptr::null_mut()) }; FUNCTIONS];
-static CORE_TABLE: Table = [const { AtomicPtr::new(ptr::null_mut()) }; FUNCTIONS + 1];
-/// Ranges of domains, which we have none of; profilers want to find the table.
-static CORE2_SLOTS: Slots = [const { AtomicPtr::new(ptr::null_mut()) }; FUNCTIONS];
-static CORE2_TABLE: Table = [const { AtomicPtr::new(ptr::null_mut()) }; FUNCTIONS + 1];
+/// A module's places for functions, as the profiler gets them; a null ends them.
+type Table = [AtomicPtr<AtomicPtr<c_void>>; MOST_FUNCTIONS + 1];
+
+static TABLES: [Table; 7] =
+    [const { [const { AtomicPtr::new(ptr::null_mut()) }; MOST_FUNCTIONS + 1] }; 7];
 
 /// `NvtxExportTableCallbacks`.
 #[repr(C)]
@@ -87,18 +87,18 @@ unsafe extern "C" fn module_function_table(
     table: *mut *const Table,
     size: *mut c_uint,
 ) -> c_int {
-    let found = match module {
-        CORE => &CORE_TABLE,
-        CORE2 => &CORE2_TABLE,
-        _ => return 0,
-    };
+    let module = usize::try_from(module).unwrap_or(0);
+    let functions = FUNCTIONS.get(module).copied().unwrap_or(0);
+    if functions == 0 {
+        return 0;
+    }
     if !table.is_null() {
         // SAFETY: the caller's.
-        unsafe { *table = found };
+        unsafe { *table = &TABLES[module] };
     }
     if !size.is_null() {
         // SAFETY: the caller's.
-        unsafe { *size = FUNCTIONS as c_uint };
+        unsafe { *size = functions as c_uint };
     }
     1
 }
@@ -110,8 +110,9 @@ impl Injection {
     /// The library that the environment names, if it is one and has taken the tables.
     pub fn load() -> Option<Self> {
         let path = std::env::var_os(VARIABLE)?;
-        for (table, slots) in [(&CORE_TABLE, &CORE_SLOTS), (&CORE2_TABLE, &CORE2_SLOTS)] {
-            for (place, slot) in table.iter().zip(slots).skip(1) {
+        for (functions, (table, slots)) in FUNCTIONS.iter().zip(TABLES.iter().zip(&SLOTS)) {
+            let places = table.iter().zip(slots).take(*functions).skip(1);
+            for (place, slot) in places {
                 place.store(ptr::from_ref(slot).cast_mut(), Ordering::Relaxed);
             }
         }
@@ -154,5 +155,5 @@ impl Injection {
 
 /// Looked up each time: a profiler may begin to listen at any moment.
 fn slot(at: usize) -> *mut c_void {
-    CORE_SLOTS[at].load(Ordering::Acquire)
+    SLOTS[CORE][at].load(Ordering::Acquire)
 }

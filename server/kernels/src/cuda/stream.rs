@@ -15,6 +15,9 @@ use super::{
 };
 use crate::error::check;
 
+/// `CU_EVENT_RECORD_EXTERNAL`: an event that is recorded each time that a graph comes past it.
+const RECORD_EXTERNAL: u32 = 1;
+
 /// Work that is done in order.
 #[derive(Debug)]
 pub struct Stream {
@@ -136,7 +139,11 @@ impl Stream {
     pub fn mark(&self, what: &'static str) -> Result<(), CudaError> {
         if let Some(marks) = self.marks.borrow_mut().as_mut() {
             let event = Event::new(&self.gpu)?;
-            self.record(&event)?;
+            // SAFETY: both live. Also while a graph is recorded, of which it becomes a part.
+            unsafe {
+                sys::cuEventRecordWithFlags(event.event, self.stream, RECORD_EXTERNAL).result()
+            }
+            .context("recording an event")?;
             marks.push((what, event));
         }
         Ok(())

@@ -65,8 +65,16 @@ struct Place {
     description: Pinned<u8>,
     begun: Event,
     ended: Event,
-    /// What its kernels are timed by, and what they do, if it is measured.
-    probed: Option<(Marks, Vec<Work>)>,
+    /// Set if its kernels are timed.
+    probed: Option<Probed>,
+}
+
+/// A step whose kernels are timed.
+struct Probed {
+    /// The step itself: launched one by one, its kernels would wait for the host.
+    _graph: Graph,
+    marks: Marks,
+    work: Vec<Work>,
 }
 
 impl CudaExecutor {
@@ -265,24 +273,35 @@ impl CudaExecutor {
         let place = &mut self.places[turn];
         let bytes = self.packed.write(&mut place.description).map_err(failed)?;
         let stream = &self.stream;
-        if probed {
-            stream.note_marks();
-        }
-        let started = stream
+        let run = || {
+            let layout = self.packed.layout();
+            let out = self.results.on_gpu();
+            self.forward.run(stream, &layout, self.step.all(), out)
+        };
+        let recorded = match probed {
+            true => {
+                stream.note_marks();
+                let graph = stream.capture(run);
+                let marks = stream.take_marks();
+                Some((graph.map_err(failed)?, marks))
+            }
+            false => None,
+        };
+        stream
             .upload(&place.description, bytes, self.step.all())
             .and_then(|()| stream.record(&place.begun))
-            .and_then(|()| match graph {
-                Some(at) => stream.launch(&self.graphs[at]),
-                None => {
-                    let layout = self.packed.layout();
-                    self.forward
-                        .run(stream, &layout, self.step.all(), self.results.on_gpu())
-                }
+            .and_then(|()| match (&recorded, graph) {
+                (Some((graph, _)), _) => stream.launch(graph),
+                (None, Some(at)) => stream.launch(&self.graphs[at]),
+                (None, None) => run(),
             })
-            .and_then(|()| stream.record(&place.ended));
-        let marks = stream.take_marks();
-        started.map_err(failed)?;
-        place.probed = probed.then(|| (marks, Work::of(&self.forward, batch)));
+            .and_then(|()| stream.record(&place.ended))
+            .map_err(failed)?;
+        place.probed = recorded.map(|(graph, marks)| Probed {
+            _graph: graph,
+            marks,
+            work: Work::of(&self.forward, batch),
+        });
         let sampled = batch.rows.iter().map(|row| row.sample.is_some()).collect();
         self.in_flight.push_back(sampled);
         Ok(())
@@ -296,10 +315,10 @@ impl CudaExecutor {
         let place = &mut self.places[turn];
         place.ended.synchronize().map_err(failed)?;
         let device_time: Duration = place.ended.since(&place.begun).map_err(failed)?;
-        if let Some((marks, work)) = place.probed.take() {
+        if let Some(probed) = place.probed.take() {
             let seconds = device_time.as_secs_f64();
             self.probe
-                .add(&place.begun, marks, &work, seconds)
+                .add(&place.begun, &probed.marks, &probed.work, seconds)
                 .map_err(failed)?;
         }
         let first = turn * self.bounds.sizes.max_sequences;

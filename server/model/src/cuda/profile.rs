@@ -22,12 +22,12 @@ pub struct KernelClass {
     pub flops: f64,
 }
 
-/// Steps that ran kernel by kernel.
+/// Steps whose kernels were timed.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Breakdown {
     pub steps: u32,
-    /// Time of the device for them. More than such steps take otherwise: as graphs, and with each
-    /// kernel begun before its predecessor has ended.
+    /// Time of the device for them: more than such steps take otherwise, where a kernel begins
+    /// before the one before it has ended.
     pub seconds: f64,
     /// In the order in which a step meets them.
     pub classes: Vec<KernelClass>,
@@ -70,7 +70,7 @@ impl Probe {
     pub(super) fn add(
         &self,
         begun: &Event,
-        marks: Marks,
+        marks: &Marks,
         work: &[Work],
         seconds: f64,
     ) -> Result<(), CudaError> {
@@ -78,7 +78,7 @@ impl Probe {
         found.steps += 1;
         found.seconds += seconds;
         let mut before = begun;
-        for (class, event) in &marks {
+        for (class, event) in marks {
             found.class(class).seconds += event.since(before)?.as_secs_f64();
             before = event;
         }
@@ -151,7 +151,7 @@ impl GpuProfiler {
         self.gpu.profile(on)
     }
 
-    /// Has the next steps run kernel by kernel, each timed.
+    /// Has the kernels of the next steps timed.
     pub fn break_down(&self, steps: u32) {
         let mut found = self
             .probe
