@@ -61,9 +61,9 @@ pub struct Memory {
     /// The need that the last call saw.
     #[serde(skip)]
     pub(crate) last_need: Option<u32>,
-    /// Since when the Deployment is asked for something else than was decided.
+    /// What else than was decided the Deployment is asked for, and since when.
     #[serde(skip)]
-    pub(crate) differs_since: Option<f64>,
+    pub(crate) differs: Option<(u32, f64)>,
 }
 
 /// What the policy is to do without, to see what it is worth.
@@ -292,7 +292,7 @@ impl Memory {
             self.tracks = Tracks::default();
             self.history = History::default();
             self.recurrence = Recurrence::default();
-            self.differs_since = None;
+            self.differs = None;
             self.low.forget();
         } else if now - before > GAP {
             self.misses.shortage_at = now;
