@@ -67,6 +67,10 @@ pub enum RunError {
 
 impl RunError {
     /// Whether other flags would have helped.
+    pub fn is_device(&self) -> bool {
+        matches!(self, Self::Start(error) if error.is_device())
+    }
+
     pub fn is_usage(&self) -> bool {
         match self {
             Self::Key(_) => true,

@@ -54,6 +54,11 @@ pub enum StartError {
 }
 
 impl StartError {
+    /// Whether the node's GPU or its driver can't be used.
+    pub fn is_device(&self) -> bool {
+        matches!(self, Self::Load(LoadError::Cuda(_)))
+    }
+
     /// Whether other flags would have helped.
     pub fn is_usage(&self) -> bool {
         if let Self::Fetch(error) = self {
@@ -87,14 +92,18 @@ pub fn start(args: &Args, app: &Arc<App>) -> Result<(), StartError> {
     let mut loaded = match args.device {
         Device::Simulated => load_simulated(args, app, clock)?,
         Device::Cpu => load(args, app, LoadedModel::load, CPU_TOKENS, |_| None)?,
-        Device::Cuda => load(args, app, LoadedModel::load_cuda, CUDA_TOKENS, |executor| {
-            let gpu = executor.gpu().clone();
-            Some(Box::new(move |on| {
-                gpu.make_current()
-                    .and_then(|()| gpu.profile(on))
-                    .map_err(|e| e.to_string())
-            }))
-        })?,
+        Device::Cuda => {
+            // Before gigabytes are fetched for a GPU that can't be used.
+            let _gpu = stoker_model::cuda::open()?;
+            load(args, app, LoadedModel::load_cuda, CUDA_TOKENS, |executor| {
+                let gpu = executor.gpu().clone();
+                Some(Box::new(move |on| {
+                    gpu.make_current()
+                        .and_then(|()| gpu.profile(on))
+                        .map_err(|e| e.to_string())
+                }))
+            })?
+        }
     };
     app.lifecycle.set_progress(LOAD_SHARE);
     let prior = calibrate(&mut *loaded.executor)?;

@@ -10,6 +10,8 @@ pub const SERVICE_LABEL: &str = "serving.stoker.dev/service";
 
 /// The container that runs `stoker-server`.
 pub const SERVER_CONTAINER: &str = "server";
+/// Exit code of a server that can't use the GPU or its driver.
+pub const DEVICE_EXIT_CODE: i32 = 3;
 pub const HTTP_PORT_NAME: &str = "http";
 pub const HTTP_PORT: i32 = 8000;
 pub const CONTROL_PORT_NAME: &str = "control";
