@@ -28,7 +28,7 @@ use crate::lease::{Elector, Leadership};
 use crate::probes;
 use crate::resources::Settings;
 use crate::routing::{self, Caller, Routing};
-use crate::scaling::{self, Board, Key, Tools};
+use crate::scaling::{self, Board, Keeper, Key, Tools};
 use crate::scrape::Fetcher;
 use crate::stores::{Guarded, Scope, Stores, WatchRetry};
 
@@ -107,15 +107,17 @@ async fn start(
         port(names::ROUTER_CONTROL_PORT)?,
         Signer::new(&key, leadership.clone())?,
     )?;
+    let reporter = Reporter {
+        controller: names::FIELD_MANAGER.to_owned(),
+        instance: Some(args.place.pod_name.clone()),
+    };
+    let recorder = Recorder::new(client.clone(), reporter);
     let tools = Tools {
         fetcher: Fetcher::new(port(names::HTTP_PORT)?)?,
         pusher: Pusher::new(port(names::CONTROL_PORT)?, Signer::new(&key, leadership)?)?,
         deletion_cost: DeletionCost::new(client.clone()),
+        keeper: Keeper::new(client.clone(), recorder.clone()),
         routing: routing.clone(),
-    };
-    let reporter = Reporter {
-        controller: names::FIELD_MANAGER.to_owned(),
-        instance: Some(args.place.pod_name.clone()),
     };
     let (board, mut woken) = Board::new();
     let board = Arc::new(board);
@@ -137,7 +139,7 @@ async fn start(
             hub_endpoint: given(&args.hub_endpoint),
             model_cache_host_path: given(&args.model_cache_host_path),
         },
-        Recorder::new(client.clone(), reporter),
+        recorder,
         routing.clone(),
     ));
 

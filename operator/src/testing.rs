@@ -3,6 +3,7 @@
 use axum::http::{Request, Response};
 use kube::Client;
 use kube::client::Body;
+use kube::runtime::events::{Recorder, Reporter};
 use serde_json::{Value, json};
 use tower::Layer;
 use tower_test::mock::{self, Handle};
@@ -19,6 +20,15 @@ pub fn mock_client() -> (Client, Server) {
 pub fn mock_client_with(layer: FenceLayer) -> (Client, Server) {
     let (service, handle) = mock::pair::<Request<Body>, Response<Body>>();
     (Client::new(layer.layer(service), "default"), handle)
+}
+
+/// Publishes events through the client.
+pub fn recorder(client: Client) -> Recorder {
+    let reporter = Reporter {
+        controller: "stoker-operator".to_owned(),
+        instance: Some("op".to_owned()),
+    };
+    Recorder::new(client, reporter)
 }
 
 pub fn answer(status: u16, body: &Value) -> Response<Body> {

@@ -67,6 +67,11 @@ pub enum RunError {
 }
 
 impl RunError {
+    /// Whether the node's GPU or its driver can't be used.
+    pub fn is_device(&self) -> bool {
+        matches!(self, Self::Start(error) if error.is_device())
+    }
+
     /// Whether other flags would have helped.
     pub fn is_usage(&self) -> bool {
         match self {

@@ -8,6 +8,8 @@ use tracing_subscriber::{EnvFilter, Layer, layer::SubscriberExt, util::Subscribe
 /// Exit code for wrong flags, as clap has it.
 const USAGE: u8 = 2;
 const FAILURE: u8 = 1;
+/// The GPU or its driver can't be used: the operator tells it by this code.
+const DEVICE: u8 = 3;
 
 fn main() -> ExitCode {
     let args = Args::parse();
@@ -44,7 +46,11 @@ fn main() -> ExitCode {
         Err(error) => {
             tracing::error!(%error, "exit");
             eprintln!("error: {error}");
-            ExitCode::from(if error.is_usage() { USAGE } else { FAILURE })
+            ExitCode::from(match &error {
+                error if error.is_device() => DEVICE,
+                error if error.is_usage() => USAGE,
+                _ => FAILURE,
+            })
         }
     }
 }

@@ -55,6 +55,11 @@ pub enum StartError {
 }
 
 impl StartError {
+    /// Whether the node's GPU or its driver can't be used.
+    pub fn is_device(&self) -> bool {
+        matches!(self, Self::Load(LoadError::Cuda(error)) if error.is_of_device())
+    }
+
     /// Whether other flags would have helped.
     pub fn is_usage(&self) -> bool {
         if let Self::Fetch(error) = self {
@@ -90,9 +95,13 @@ pub fn start(args: &Args, app: &Arc<App>) -> Result<(), StartError> {
     let mut loaded = match args.device {
         Device::Simulated => load_simulated(args, app, clock)?,
         Device::Cpu => load(args, app, LoadedModel::load, CPU_TOKENS, |_| None)?,
-        Device::Cuda => load(args, app, LoadedModel::load_cuda, CUDA_TOKENS, |executor| {
-            Some((executor.profiler(), executor.memory()))
-        })?,
+        Device::Cuda => {
+            // Before gigabytes are fetched for a GPU that can't be used.
+            let _gpu = stoker_model::cuda::open()?;
+            load(args, app, LoadedModel::load_cuda, CUDA_TOKENS, |executor| {
+                Some((executor.profiler(), executor.memory()))
+            })?
+        }
     };
     app.lifecycle.set_progress(LOAD_SHARE);
     let prior = calibrate(&mut *loaded.executor)?;

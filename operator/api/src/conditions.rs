@@ -38,6 +38,8 @@ pub mod reasons {
     // What keeps a pod from answering
     pub const IMAGE_PULL_FAILED: &str = "ImagePullFailed";
     pub const CRASH_LOOP: &str = "CrashLoop";
+    /// The server can't use the node's GPU or its driver, and says what was found and is needed.
+    pub const DEVICE_UNUSABLE: &str = "DeviceUnusable";
     pub const OUT_OF_MEMORY: &str = "OutOfMemory";
     pub const CONTAINER_CONFIG_ERROR: &str = "ContainerConfigError";
     pub const VOLUME_NOT_READY: &str = "VolumeNotReady";

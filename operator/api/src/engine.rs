@@ -17,8 +17,8 @@ use serde::{Deserialize, Serialize};
     validation = Rule::new("self.maxNumBatchedTokens.min >= self.maxNumSeqs.min && self.maxNumBatchedTokens.initial >= self.maxNumSeqs.initial && self.maxNumBatchedTokens.max >= self.maxNumSeqs.max")
         .message("a step computes at least one token of every running sequence: raise min, initial and max of engine.maxNumBatchedTokens to at least those of engine.maxNumSeqs")
         .field_path(".maxNumBatchedTokens"),
-    validation = Rule::new("!has(self.extraArgs) || self.extraArgs.all(a, !a.matches('^--(model|served-model-name|host|port|control-port|control-key|max-model-len|max-num-seqs|max-num-batched-tokens|gpu-memory-utilization|device|simulated-profile|pod-uid|objectives|hub-endpoint|model-cache|prepare-model-cache)(=.*)?$'))")
-        .message("engine.extraArgs must not set a flag that Stoker sets itself (--model, --served-model-name, --host, --port, --control-port, --control-key, --max-model-len, --max-num-seqs, --max-num-batched-tokens, --gpu-memory-utilization, --device, --simulated-profile, --pod-uid, --objectives, --hub-endpoint, --model-cache, --prepare-model-cache): use the fields of the spec")
+    validation = Rule::new("!has(self.extraArgs) || self.extraArgs.all(a, !a.matches('^--(model|served-model-name|host|port|control-port|control-key|max-model-len|max-num-seqs|max-num-batched-tokens|gpu-memory-utilization|device|dtype|simulated-profile|pod-uid|objectives|hub-endpoint|model-cache|prepare-model-cache)(=.*)?$'))")
+        .message("engine.extraArgs must not set a flag that Stoker sets itself (--model, --served-model-name, --host, --port, --control-port, --control-key, --max-model-len, --max-num-seqs, --max-num-batched-tokens, --gpu-memory-utilization, --device, --dtype, --simulated-profile, --pod-uid, --objectives, --hub-endpoint, --model-cache, --prepare-model-cache): use the fields of the spec")
         .field_path(".extraArgs"),
 )]
 pub struct Engine {

@@ -27,6 +27,6 @@ pub use scaling::{
     InterTokenLatency, ItlStatistic, Objectives, Rollout, Scaling, ScalingMode, TimeToFirstToken,
 };
 pub use spec::{
-    Accelerator, InferenceService, InferenceServiceSpec, Model, ModelSource, Resources,
+    Accelerator, Dtype, InferenceService, InferenceServiceSpec, Model, ModelSource, Resources,
 };
 pub use status::{DialsStatus, InferenceServiceStatus, LawStatus, LoadStatus, LoadingStatus};

@@ -3,13 +3,23 @@
 /// Field manager of everything that the operator applies.
 pub const FIELD_MANAGER: &str = "stoker-operator";
 
+/// Field manager of the ConfigMaps that keep what scaling has learnt.
+pub const MEMORY_FIELD_MANAGER: &str = "stoker-operator-memory";
+
 /// Prefix of the labels and annotations that belong to Stoker.
 pub const DOMAIN_PREFIX: &str = "serving.stoker.dev/";
 /// Label on every owned object and pod; its value is the InferenceService's name.
 pub const SERVICE_LABEL: &str = "serving.stoker.dev/service";
 
+/// Tells what part of a service an owned object is, where its kind doesn't.
+pub const COMPONENT_LABEL: &str = "app.kubernetes.io/component";
+/// Value of [`COMPONENT_LABEL`] on ConfigMaps that keep what scaling has learnt.
+pub const MEMORY_COMPONENT: &str = "scaling-memory";
+
 /// The container that runs `stoker-server`.
 pub const SERVER_CONTAINER: &str = "server";
+/// Exit code of a server that can't use the GPU or its driver.
+pub const DEVICE_EXIT_CODE: i32 = 3;
 pub const HTTP_PORT_NAME: &str = "http";
 pub const HTTP_PORT: i32 = 8000;
 pub const CONTROL_PORT_NAME: &str = "control";
@@ -51,6 +61,11 @@ pub const MAX_NAME_LENGTH: usize = 45;
 /// Name of the ConfigMap that carries the operator's public key to a service's pods.
 pub fn control_config_map(service: &str) -> String {
     format!("{service}-control")
+}
+
+/// Name of the ConfigMap that keeps what scaling has learnt about a service.
+pub fn memory_config_map(service: &str) -> String {
+    format!("{service}-memory")
 }
 
 /// Name of the EndpointSlice that leads a Service to the routers.

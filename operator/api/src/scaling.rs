@@ -90,7 +90,7 @@ pub struct Scaling {
     #[serde(default)]
     pub mode: ScalingMode,
 
-    /// Fewest replicas in mode Auto. With 0 a service that nobody uses sleeps: the router holds the next request while a replica starts.
+    /// Fewest replicas in mode Auto. With 0 a service that nobody uses sleeps: the router holds the next request while a replica starts. A new service starts with one replica even so, which shows whether it runs, and sleeps once nobody has used it for idleSeconds.
     #[serde(default = "min_replicas")]
     #[schemars(range(min = 0, max = 1000))]
     pub min_replicas: i32,

@@ -16,6 +16,8 @@ use crate::starts::Starts;
 
 /// Seconds without a call after which nothing is known to have lasted.
 const GAP: f64 = 30.0;
+/// Seconds without a call after which load must be watched anew, and not only for longer.
+const LONG_GAP: f64 = 300.0;
 /// Seconds within which the known mix follows that of the last minute.
 const MIX_FOLLOWS: f64 = 120.0;
 
@@ -61,9 +63,9 @@ pub struct Memory {
     /// The need that the last call saw.
     #[serde(skip)]
     pub(crate) last_need: Option<u32>,
-    /// Since when the Deployment is asked for something else than was decided.
+    /// What else than was decided the Deployment is asked for, and since when.
     #[serde(skip)]
-    pub(crate) differs_since: Option<f64>,
+    pub(crate) differs: Option<(u32, f64)>,
 }
 
 /// What the policy is to do without, to see what it is worth.
@@ -217,12 +219,31 @@ impl Low {
         slots.map(|(_, most)| *most).max().unwrap_or(0)
     }
 
+    /// So many seconds weren't watched: they don't count, and what was before still does.
+    pub fn skip(&mut self, seconds: f64) {
+        for (start, _) in &mut self.slots {
+            *start += seconds;
+        }
+    }
+
     pub fn forget(&mut self) {
         self.slots.clear();
     }
 }
 
 impl Memory {
+    /// Of the stored form: another one means something else by the same names.
+    pub const VERSION: u32 = 1;
+
+    /// A stored memory, with what the object's status tells of the time since it was stored.
+    pub fn restored(self, desired_replicas: u32, dials: Option<Dials>) -> Self {
+        Memory {
+            dials: dials.or(self.dials),
+            replicas: Some(desired_replicas),
+            ..self
+        }
+    }
+
     /// The memory of an operator that was restarted without a stored one: it knows from the
     /// object's status what was last asked for, so that it doesn't start from the initial dials.
     pub fn seeded(desired_replicas: u32, dials: Option<Dials>, now: f64) -> Self {
@@ -292,11 +313,15 @@ impl Memory {
             self.tracks = Tracks::default();
             self.history = History::default();
             self.recurrence = Recurrence::default();
-            self.differs_since = None;
+            self.differs = None;
             self.low.forget();
         } else if now - before > GAP {
             self.misses.shortage_at = now;
-            self.low.forget();
+            if now - before < LONG_GAP {
+                self.low.skip(now - before);
+            } else {
+                self.low.forget();
+            }
         }
         self.decided_at = now;
         now
@@ -357,6 +382,17 @@ mod tests {
         assert_eq!(turns.wait(800.0, 7), 0.0);
         turns.note(900.0, false);
         assert_eq!(turns.wait(900.0, 6), 0.0, "no turn");
+    }
+
+    #[test]
+    fn a_short_gap_is_left_out_of_what_has_lasted() {
+        let mut memory = Memory::seeded(4, None, 900.0);
+        for now in [1000.0, 1020.0, 1040.0] {
+            memory.resume(now);
+            memory.low.note(now, 1, 30.0);
+        }
+        let now = memory.resume(1100.0);
+        assert_eq!(memory.low.lasted(now, 1), 40.0);
     }
 
     #[test]

@@ -321,15 +321,16 @@ pub(crate) fn bounded(replicas: u32, limits: &Limits) -> u32 {
 }
 
 /// Replicas that were asked for. What the Deployment is asked for lags behind by a moment; where
-/// it stays different, somebody else decided meanwhile, and that is where we go on from.
+/// it stays the same other number, somebody else decided meanwhile, and that is where we go on from.
 pub(crate) fn in_force(memory: &mut Memory, observed: u32, limits: &Limits, now: f64) -> u32 {
     let asked = memory.replicas.unwrap_or(observed);
     if asked == observed {
-        memory.differs_since = None;
+        memory.differs = None;
     } else {
-        let since = *memory.differs_since.get_or_insert(now);
+        let before = memory.differs.filter(|(number, _)| *number == observed);
+        let (_, since) = *memory.differs.insert(before.unwrap_or((observed, now)));
         if now - since > 30.0 {
-            memory.differs_since = None;
+            memory.differs = None;
             return bounded(observed, limits);
         }
     }

@@ -192,6 +192,7 @@ fn stuck(name: &str, server: &ContainerStatus, now: Timestamp) -> Option<PodStat
     looping.then(|| PodState::Stuck {
         reason: match ended.reason.as_deref() {
             Some("OOMKilled") => reasons::OUT_OF_MEMORY,
+            _ if ended.exit_code == names::DEVICE_EXIT_CODE => reasons::DEVICE_UNUSABLE,
             _ => reasons::CRASH_LOOP,
         },
         message: crash(name, server, ended),
@@ -247,14 +248,19 @@ fn run_seconds(ended: &ContainerStateTerminated) -> i64 {
     }
 }
 
-/// The end of a text, on one line: what a process said last says why it went.
+/// The end of a text, on one line: what a process said last says why it went. Where it names its
+/// error, as stoker-server and most programs do, the log before that only repeats it.
 fn last_words(text: &str) -> String {
     let lines: Vec<&str> = text
         .lines()
         .map(str::trim)
         .filter(|l| !l.is_empty())
         .collect();
-    let joined = lines.join(" | ");
+    let error = lines.iter().rposition(|line| line.starts_with("error: "));
+    let joined = lines
+        .get(error.unwrap_or(0)..)
+        .unwrap_or_default()
+        .join(" | ");
     match joined.char_indices().rev().nth(MAX_WORDS) {
         None => joined,
         Some((at, c)) => format!("…{}", &joined[at + c.len_utf8()..]),
@@ -351,7 +357,7 @@ mod tests {
         assert_eq!(reason, "CrashLoop");
         assert_eq!(
             message,
-            "pod p ended with exit code 1 after 3 restarts: loading | error: no such file"
+            "pod p ended with exit code 1 after 3 restarts: error: no such file"
         );
         let running_again = json!({"restartCount": 3, "lastState": {"terminated": ended},
             "state": {"running": {"startedAt": "2025-12-31T23:59:58Z"}}});
@@ -362,6 +368,20 @@ mod tests {
             "state": {"running": {"startedAt": "2025-12-31T23:59:58Z"}}});
         let state = at(&pod(json!([]), recovering), None);
         assert!(matches!(state, PodState::Starting { message } if message.contains("restarted")));
+    }
+
+    #[test]
+    fn a_gpu_that_cannot_be_used_is_told_in_the_servers_words() {
+        let said = "INFO listening\nERROR exit error=--device cuda: no NVIDIA driver is here\n\
+                    error: --device cuda: no NVIDIA driver is here\n";
+        let server = json!({"restartCount": 2, "state": {"waiting": {"reason": "CrashLoopBackOff"}},
+            "lastState": {"terminated": {"exitCode": 3, "reason": "Error", "message": said}}});
+        let (reason, message) = stuck(server);
+        assert_eq!(reason, "DeviceUnusable");
+        assert_eq!(
+            message,
+            "pod p ended with exit code 3 after 2 restarts: error: --device cuda: no NVIDIA driver is here"
+        );
     }
 
     #[test]

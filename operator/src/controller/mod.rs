@@ -189,7 +189,8 @@ pub async fn run(
         .await;
 }
 
-/// Changes of owned objects, each kind with its own retry.
+/// Changes of owned objects, each kind with its own retry. What scaling remembers is nothing to
+/// reconcile.
 fn owned<K>(
     client: &Client,
     namespace: Option<&str>,
@@ -202,7 +203,13 @@ where
         + Send
         + 'static,
 {
-    let labelled = watcher::Config::default().labels(names::SERVICE_LABEL);
+    let selector = format!(
+        "{},{}!={}",
+        names::SERVICE_LABEL,
+        names::COMPONENT_LABEL,
+        names::MEMORY_COMPONENT
+    );
+    let labelled = watcher::Config::default().labels(&selector);
     watcher(api::<K>(client, namespace), labelled)
         .backoff(WatchRetry::default())
         .touched_objects()

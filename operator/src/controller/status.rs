@@ -280,7 +280,12 @@ fn model_loaded(facts: &Facts<'_>) -> Finding {
     }
     match facts.pods.iter().max() {
         Some(PodState::Stuck { reason, message })
-            if [reasons::CRASH_LOOP, reasons::OUT_OF_MEMORY].contains(reason) =>
+            if [
+                reasons::CRASH_LOOP,
+                reasons::DEVICE_UNUSABLE,
+                reasons::OUT_OF_MEMORY,
+            ]
+            .contains(reason) =>
         {
             finding(Status::False, reasons::MODEL_LOAD_FAILED, message.clone())
         }

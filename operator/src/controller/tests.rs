@@ -7,13 +7,12 @@ use axum::http::{Method, Request};
 use futures::StreamExt;
 use kube::client::Body;
 use kube::core::DeserializeGuard;
-use kube::runtime::events::Reporter;
 use kube::runtime::{WatchStreamExt, reflector, watcher};
 use serde_json::{Value, json};
 use tokio::sync::mpsc;
 
 use super::*;
-use crate::testing::{Server, answer, body_of, mock_client, refusal};
+use crate::testing::{Server, answer, body_of, mock_client, recorder, refusal};
 
 const DEPLOYMENT: &str = "/apis/apps/v1/namespaces/ns/deployments/chat";
 const STATUS: &str =
@@ -140,11 +139,7 @@ fn context_of(client: Client, stores: Stores) -> (Context, mpsc::UnboundedReceiv
         hub_endpoint: None,
         model_cache_host_path: None,
     };
-    let reporter = Reporter {
-        controller: "stoker-operator".to_owned(),
-        instance: Some("op".to_owned()),
-    };
-    let recorder = Recorder::new(client.clone(), reporter);
+    let recorder = recorder(client.clone());
     (
         Context::new(client, stores, Arc::new(board), settings, recorder, None),
         woken,

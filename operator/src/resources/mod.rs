@@ -92,10 +92,7 @@ impl Blueprint<'_> {
     fn meta(&self, name: &str) -> ObjectMeta {
         ObjectMeta {
             name: Some(name.to_owned()),
-            namespace: Some(self.namespace.to_owned()),
-            labels: Some(self.labels()),
-            owner_references: Some(vec![self.owner_reference()]),
-            ..ObjectMeta::default()
+            ..owned_meta(self.name, self.namespace, self.uid)
         }
     }
 
@@ -106,13 +103,7 @@ impl Blueprint<'_> {
     }
 
     fn labels(&self) -> BTreeMap<String, String> {
-        let label = |key: &str, value: &str| (key.to_owned(), value.to_owned());
-        BTreeMap::from([
-            label("app.kubernetes.io/name", "stoker-server"),
-            label("app.kubernetes.io/instance", self.name),
-            label(MANAGED_BY, names::FIELD_MANAGER),
-            label(names::SERVICE_LABEL, self.name),
-        ])
+        labels(self.name)
     }
 
     fn selector(&self) -> LabelSelector {
@@ -124,17 +115,34 @@ impl Blueprint<'_> {
             ..LabelSelector::default()
         }
     }
+}
 
-    fn owner_reference(&self) -> OwnerReference {
-        OwnerReference {
-            api_version: InferenceService::api_version(&()).into_owned(),
-            kind: InferenceService::kind(&()).into_owned(),
-            name: self.name.to_owned(),
-            uid: self.uid.to_owned(),
-            controller: Some(true),
-            block_owner_deletion: None,
-        }
+/// What every object that a service owns carries: it goes when its service goes.
+pub fn owned_meta(service: &str, namespace: &str, uid: &str) -> ObjectMeta {
+    let owner = OwnerReference {
+        api_version: InferenceService::api_version(&()).into_owned(),
+        kind: InferenceService::kind(&()).into_owned(),
+        name: service.to_owned(),
+        uid: uid.to_owned(),
+        controller: Some(true),
+        block_owner_deletion: None,
+    };
+    ObjectMeta {
+        namespace: Some(namespace.to_owned()),
+        labels: Some(labels(service)),
+        owner_references: Some(vec![owner]),
+        ..ObjectMeta::default()
     }
+}
+
+fn labels(service: &str) -> BTreeMap<String, String> {
+    let label = |key: &str, value: &str| (key.to_owned(), value.to_owned());
+    BTreeMap::from([
+        label("app.kubernetes.io/name", "stoker-server"),
+        label("app.kubernetes.io/instance", service),
+        label(MANAGED_BY, names::FIELD_MANAGER),
+        label(names::SERVICE_LABEL, service),
+    ])
 }
 
 #[cfg(test)]

@@ -12,7 +12,7 @@ use k8s_openapi::api::core::v1::{
 use k8s_openapi::apimachinery::pkg::api::resource::Quantity;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use k8s_openapi::apimachinery::pkg::util::intstr::IntOrString;
-use stoker_api::{ModelSource, names};
+use stoker_api::{Dtype, ModelSource, names};
 
 use super::download::Download;
 use super::{Blueprint, download};
@@ -126,6 +126,9 @@ fn args(blueprint: &Blueprint<'_>, download: &Download) -> Vec<String> {
         }
         Some(ModelSource::File { path }) => set("--model", path.clone()),
         Some(ModelSource::Hub { .. } | ModelSource::Url { .. }) | None => {}
+    }
+    if blueprint.spec.model.dtype != Dtype::Auto {
+        set("--dtype", blueprint.spec.model.dtype.as_str().to_owned());
     }
     let served_name = blueprint.spec.served_name(blueprint.name);
     set("--served-model-name", served_name.to_owned());

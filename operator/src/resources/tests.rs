@@ -60,7 +60,7 @@ fn a_model_on_a_claim() {
 fn everything_a_pod_may_be_given() {
     let owned = owned(
         json!({
-            "model": {"source": "file:///models/m.gguf", "servedName": "org/m"},
+            "model": {"source": "file:///models/m.gguf", "servedName": "org/m", "dtype": "int8"},
             "engine": {
                 "device": "cuda", "maxModelLen": 8192, "memoryUtilization": 0.85,
                 "maxNumSeqs": {"min": 2, "max": 64, "initial": 16},

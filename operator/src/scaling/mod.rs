@@ -4,6 +4,7 @@
 
 mod board;
 mod fleet;
+mod keep;
 mod observe;
 mod settle;
 mod step;
@@ -22,6 +23,7 @@ use tracing::Instrument;
 
 pub use board::{Board, Key, Outlook, PodOutlook, bounds};
 pub use fleet::Fleet;
+pub use keep::Keeper;
 pub use observe::{condition, is_finished, is_ready, is_replica, is_running, objectives};
 pub use worker::Tools;
 
@@ -66,8 +68,11 @@ pub async fn run(stores: Stores, board: Arc<Board>, tools: Arc<Tools>) {
             let pods = pods.remove(&key).unwrap_or_default();
             let span = tracing::info_span!("scale", namespace = key.namespace, name = key.name);
             let tick = async move {
-                let _permit = permits.acquire().await;
+                let permit = permits.acquire().await;
                 tick(&mut worker, &service, &key, pods, &board, &tools).await;
+                // A slow API server holds up this service's next tick, and no other's.
+                drop(permit);
+                worker.keep(&service, &tools.keeper).await;
             };
             ticks.spawn(tick.instrument(span));
         }
@@ -87,6 +92,9 @@ async fn tick(
     let Some((desired, fleet)) = board.current(key, &uid) else {
         return;
     };
+    if !worker.recall(service, desired, &tools.keeper).await {
+        return;
+    }
     let (next, outlook) = worker.tick(service, pods, desired, fleet, tools).await;
     board.publish(key, &uid, desired, next, outlook);
 }

@@ -16,6 +16,7 @@ use tokio::time::Instant;
 use tracing::{debug, info, warn};
 
 use super::board::{Outlook, PodOutlook, bounds};
+use super::keep::{Keeper, Place};
 use super::observe::{self, is_ready, is_running};
 use super::settle::{Debounced, Lowering, SILENCE, ShownReason};
 use super::step::{self, Standing, Step};
@@ -26,12 +27,15 @@ use crate::scrape::{FetchError, Fetcher, Reading};
 
 /// Seconds that a replica stays out of rotation before it goes, at most.
 const LONGEST_PROOF: u64 = 15;
+/// How often a stored memory is asked for, a tick each, before the service goes on without.
+const RECALLS: u32 = 3;
 
 /// What ticks act with.
 pub struct Tools {
     pub fetcher: Fetcher,
     pub pusher: Pusher,
     pub deletion_cost: DeletionCost,
+    pub keeper: Keeper,
     /// `None`: this installation has no routers.
     pub routing: Option<Arc<Routing>>,
 }
@@ -40,6 +44,8 @@ pub struct Tools {
 #[derive(Default)]
 pub struct Worker {
     memory: Option<Memory>,
+    place: Place,
+    recalls: u32,
     pods: HashMap<String, PodMemory>,
     reason: ShownReason,
     lowering: Lowering,
@@ -97,7 +103,7 @@ impl Worker {
         let objectives = observe::objectives(&service.spec);
         let limits = observe::limits(&service.spec, bounds(service));
         let decision = {
-            let memory = self.remember(service, desired, now);
+            let memory = self.remember(service, desired, None);
             decide(&observation, &objectives, &limits, memory)
         };
         metrics::counter!("stoker_operator_decisions_total",
@@ -125,9 +131,51 @@ impl Worker {
         (next, outlook)
     }
 
-    /// At first, what the status tells: an operator that was restarted neither resets dials nor
-    /// scales down before it has watched for a while, nor forgets whether objectives were met.
-    fn remember(&mut self, service: &InferenceService, desired: u32, now: f64) -> &mut Memory {
+    /// At first, takes up what an operator before this one has learnt. False: whether there is
+    /// something isn't known yet, and nothing should be decided.
+    pub async fn recall(
+        &mut self,
+        service: &InferenceService,
+        desired: u32,
+        keeper: &Keeper,
+    ) -> bool {
+        if self.memory.is_some() {
+            return true;
+        }
+        let stored = match keeper.read(&mut self.place, service).await {
+            Ok(stored) => stored,
+            Err(error) => {
+                self.recalls += 1;
+                warn!(%error, "could not read the scaling memory");
+                if self.recalls < RECALLS {
+                    return false;
+                }
+                None
+            }
+        };
+        if stored.is_some() {
+            info!("goes on with the scaling memory of the operator before");
+        }
+        self.remember(service, desired, stored);
+        true
+    }
+
+    /// Stores what has been learnt, now and then.
+    pub async fn keep(&mut self, service: &InferenceService, keeper: &Keeper) {
+        if let Some(memory) = &self.memory {
+            keeper.write(&mut self.place, service, memory).await;
+        }
+    }
+
+    /// At first, what was stored, or else what the status tells: an operator that was restarted
+    /// neither resets dials nor scales down before it has watched for a while, nor forgets whether
+    /// objectives were met.
+    fn remember(
+        &mut self,
+        service: &InferenceService,
+        desired: u32,
+        stored: Option<Memory>,
+    ) -> &mut Memory {
         let status = service.status.as_ref();
         if self.memory.is_none() {
             let conditions = status.map_or(&[][..], |status| &status.conditions);
@@ -139,7 +187,14 @@ impl Worker {
             }));
         }
         self.memory.get_or_insert_with(|| {
-            Memory::seeded(desired, status.and_then(|s| s.dials).and_then(dials), now)
+            let dials = status.and_then(|s| s.dials).and_then(dials);
+            match stored {
+                Some(memory) => memory.restored(desired, dials),
+                None => {
+                    let now = jiff::Timestamp::now().as_duration().as_secs_f64();
+                    Memory::seeded(desired, dials, now)
+                }
+            }
         })
     }
 

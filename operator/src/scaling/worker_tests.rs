@@ -10,7 +10,7 @@ use tokio::net::TcpListener;
 use super::*;
 use crate::actuate::{ControlKey, Signer};
 use crate::lease::Leadership;
-use crate::testing::mock_client;
+use crate::testing::{mock_client, recorder};
 
 const METRICS: &str = include_str!("../../tests/data/scaling_metrics.txt");
 
@@ -66,6 +66,7 @@ async fn replica() -> (Shared, Tools) {
         fetcher: Fetcher::new(port).unwrap(),
         pusher: Pusher::new(port, signer).unwrap(),
         deletion_cost: DeletionCost::new(mock_client().0),
+        keeper: Keeper::new(mock_client().0, recorder(mock_client().0)),
         routing: None,
     };
     (stand_in, tools)
@@ -229,6 +230,7 @@ async fn lost_samples_change_nothing() {
         )
         .unwrap(),
         deletion_cost: DeletionCost::new(mock_client().0),
+        keeper: Keeper::new(mock_client().0, recorder(mock_client().0)),
         routing: None,
     };
     let service = service((8, 512), json!({"desiredReplicas": 3}));

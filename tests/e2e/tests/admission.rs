@@ -206,7 +206,7 @@ async fn admission_fills_in_the_documented_defaults() -> Result<()> {
     let cluster = cluster().await?;
     let stored = dry_run(&cluster, &minimal()).await?;
     let expected = json!({
-        "model": {},
+        "model": {"dtype": "auto"},
         "resources": {},
         "pod": {},
         "engine": {

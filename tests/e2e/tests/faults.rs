@@ -3,10 +3,10 @@
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
-use k8s_openapi::api::core::v1::Pod;
+use k8s_openapi::api::core::v1::{ConfigMap, Pod};
 use kube::Api;
 use kube::api::ListParams;
-use serde_json::json;
+use serde_json::{Value, json};
 use stoker_e2e::{Cluster, Load, eventually, process, router};
 
 async fn operator_pod(cluster: &Cluster) -> Result<Pod> {
@@ -31,6 +31,28 @@ fn restarts(pod: &Pod) -> i32 {
         .sum()
 }
 
+/// What scaling has learnt, once load was watched, as it was stored after a time (seconds since 1970).
+async fn stored_memory(cluster: &Cluster, after: f64) -> Result<Value> {
+    eventually("the scaling memory is stored", 120, || async {
+        let maps = cluster.api::<ConfigMap>();
+        let data = maps
+            .get_opt("llama-3b-memory")
+            .await?
+            .and_then(|map| map.data);
+        let data = data.unwrap_or_default();
+        let text = data.get("memory.json").map_or("null", String::as_str);
+        let memory: Value = serde_json::from_str(text)?;
+        let watched = memory["recurrence"]["start"].as_f64() > Some(0.0);
+        Ok((watched && memory["decided_at"].as_f64() > Some(after)).then_some(memory))
+    })
+    .await
+}
+
+fn now() -> Result<f64> {
+    let since = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH)?;
+    Ok(since.as_secs_f64())
+}
+
 #[tokio::test]
 async fn faults_killed_operator_and_server_cost_no_healthy_request() -> Result<()> {
     let cluster = Cluster::with_namespace("faults").await?;
@@ -50,6 +72,7 @@ async fn faults_killed_operator_and_server_cost_no_healthy_request() -> Result<(
     })
     .await?;
 
+    let learnt = stored_memory(&cluster, 0.0).await?;
     let load = Load::start(
         "faults",
         &service.url().await?,
@@ -62,6 +85,7 @@ async fn faults_killed_operator_and_server_cost_no_healthy_request() -> Result<(
     // The operator dies: no request notices.
     let operator = operator_pod(&cluster).await?;
     process::kill_container(&operator)?;
+    let killed = now()?;
     eventually("the operator's container is back", 60, || async {
         let pod = operator_pod(&cluster).await?;
         Ok((restarts(&pod) > restarts(&operator)).then_some(()))
@@ -72,6 +96,13 @@ async fn faults_killed_operator_and_server_cost_no_healthy_request() -> Result<(
     ensure!(
         progress["failed"] == 0,
         "requests failed when the operator died: {progress}"
+    );
+    // It goes on with what it knew: the load of before is still the beginning of what is stored.
+    let after = stored_memory(&cluster, killed + 1.0).await?;
+    let began = |memory: &Value| memory["recurrence"]["start"].clone();
+    ensure!(
+        began(&after) == began(&learnt),
+        "what was learnt before the operator died is lost: {learnt:#} became {after:#}"
     );
 
     // A server dies: only streams that it had begun are lost; the rest goes to another replica.

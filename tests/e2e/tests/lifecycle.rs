@@ -131,6 +131,12 @@ async fn lifecycle_tells_why_a_pod_does_not_start() -> Result<()> {
     let mut crash = simulated("crashes");
     crash["spec"]["engine"]["extraArgs"] = json!(["--no-such-flag"]);
     cluster.apply_object(&crash).await?;
+    let mut driver = simulated("no-driver");
+    driver["spec"]["engine"] = json!({"device": "cuda"});
+    // Any file: the driver is looked for first.
+    driver["spec"]["model"] = json!({"source": "file:///etc/passwd"});
+    driver["spec"]["resources"]["accelerator"] = json!({});
+    cluster.apply_object(&driver).await?;
     let mut volume = simulated("no-claim");
     volume["spec"]["engine"] = json!({"device": "cpu"});
     volume["spec"]["model"] = json!({"source": "pvc://no-such-claim/model.gguf"});
@@ -156,6 +162,23 @@ async fn lifecycle_tells_why_a_pod_does_not_start() -> Result<()> {
     says("no-gpu", "Scheduled", "WaitingForAccelerator").await?;
     says("crashes", "Ready", "--no-such-flag").await?;
     says("no-claim", "Ready", "no-such-claim").await?;
+    says("no-driver", "Ready", "DeviceUnusable").await?;
+    says("no-driver", "Ready", "no NVIDIA driver is here").await?;
+    says("no-driver", "ModelLoaded", "no NVIDIA driver is here").await?;
+    let told = cluster
+        .api::<Event>()
+        .list(&ListParams::default().fields("involvedObject.name=no-driver"))
+        .await?;
+    let note = |event: &Event| {
+        let message = event.message.clone().unwrap_or_default();
+        event.reason.as_deref() == Some("DeviceUnusable")
+            && message.contains("no NVIDIA driver is here")
+    };
+    ensure!(
+        told.items.iter().filter(|event| note(event)).count() == 1,
+        "no-driver has the events {:#?}",
+        told.items
+    );
 
     // Once a condition, not once a reconcile: the events of each object stay few.
     let events = cluster

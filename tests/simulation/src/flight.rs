@@ -36,6 +36,11 @@ impl Default for Goals {
 }
 
 impl Goals {
+    /// Seconds that the first token may take after a prompt of so many tokens.
+    pub fn ttft_within(&self, prompt: f64) -> f64 {
+        self.ttft + self.ttft_per_token * (prompt - self.ttft_free_tokens).max(0.0)
+    }
+
     pub fn objectives(&self) -> Objectives {
         Objectives {
             good_percent: self.good_percent,
@@ -52,7 +57,7 @@ impl Goals {
 pub enum State {
     /// Not sent yet.
     Ahead,
-    /// Waits at the router: no replica is ready.
+    /// Waits in front of the replicas: none is ready, or none has room.
     Held,
     /// In the replica with this number.
     Sent(u32),
@@ -68,6 +73,8 @@ pub struct Flight {
     pub prompt: u32,
     pub output: u32,
     pub state: State,
+    /// When a replica got it; NaN before.
+    pub sent: f64,
     /// NaN before it has come.
     pub first_token: f64,
     pub last_token: f64,
@@ -76,6 +83,11 @@ pub struct Flight {
 }
 
 impl Flight {
+    /// Of prompt and answer.
+    pub fn tokens(&self) -> f64 {
+        f64::from(self.prompt) + f64::from(self.output)
+    }
+
     pub fn ttft(&self) -> f64 {
         self.first_token - self.arrival
     }
@@ -89,8 +101,7 @@ impl Flight {
     }
 
     pub fn meets_ttft(&self, goals: &Goals) -> bool {
-        let above = (f64::from(self.prompt) - goals.ttft_free_tokens).max(0.0);
-        self.ttft() <= goals.ttft + goals.ttft_per_token * above
+        self.ttft() <= goals.ttft_within(f64::from(self.prompt))
     }
 
     pub fn meets_itl(&self, goals: &Goals) -> bool {
@@ -123,6 +134,7 @@ impl Ledger {
             prompt: request.prompt.max(1),
             output: request.output.max(1),
             state: State::Ahead,
+            sent: f64::NAN,
             first_token: f64::NAN,
             last_token: f64::NAN,
             slow_gaps: 0,

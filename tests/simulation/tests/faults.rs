@@ -141,11 +141,12 @@ fn a_replica_three_times_slower() {
 #[test]
 fn the_operator_restarted_every_minute() {
     let faults = vec![Fault::Restarts { every: 60.0 }];
-    // As the operator is: it finds what the object's status tells. Load is never watched for long
-    // enough to scale down, which is dear, but safe.
+    // Where no memory can be stored, the object's status tells how things stood. Load is never watched
+    // for long enough to scale down, which is dear, but safe.
     let outcome = run(faults.clone());
     holds(&outcome, 2.5);
     assert_eq!(outcome.score.reversals, 0);
+    // With what is stored once a minute it goes on as if nothing had been.
     let setup = setup(faults);
     let mut stored = Stoker::new(&setup).with_stored_memory();
     holds(&simulate(&setup, day(), &mut stored), 1.2);

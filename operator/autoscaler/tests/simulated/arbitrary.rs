@@ -1,6 +1,7 @@
 //! Whatever is observed: no panic, nothing outside of the limits.
 
 use proptest::prelude::*;
+use serde_json::Value;
 use stoker_autoscaler::{
     Counters, DialRange, Dials, Histogram, ItlOf, Limits, Memory, Objectives, Observation, Phase,
     Queue, Replica, Sample, decide,
@@ -209,6 +210,26 @@ fn observations() -> impl Strategy<Value = Vec<Observation>> {
     (1..8usize).prop_flat_map(|n| (0..n).map(observation).collect::<Vec<_>>())
 }
 
+/// A stored memory in which somebody wrote other numbers.
+fn edited(memory: &Memory, numbers: &[f64]) -> Option<Memory> {
+    fn edit(value: &mut Value, numbers: &mut impl Iterator<Item = f64>) {
+        match value {
+            Value::Number(number) => {
+                let other = numbers.next().and_then(serde_json::Number::from_f64);
+                if let Some(other) = other.filter(|_| number.is_f64()) {
+                    *number = other;
+                }
+            }
+            Value::Array(values) => values.iter_mut().for_each(|value| edit(value, numbers)),
+            Value::Object(fields) => fields.values_mut().for_each(|value| edit(value, numbers)),
+            _ => {}
+        }
+    }
+    let mut stored = serde_json::to_value(memory).unwrap();
+    edit(&mut stored, &mut numbers.iter().copied().cycle());
+    serde_json::from_value(stored).ok()
+}
+
 proptest! {
     #![proptest_config(ProptestConfig { cases: 400, failure_persistence: None, ..ProptestConfig::default() })]
 
@@ -219,6 +240,7 @@ proptest! {
         limits in limits(),
         desired in count(),
         dials in prop::option::of(dials()),
+        numbers in prop::collection::vec(number(), 1..60),
     ) {
         let mut memory = match dials {
             Some(_) => Memory::seeded(desired, dials, 1e9),
@@ -233,6 +255,10 @@ proptest! {
             prop_assert!(stored.len() < 8192, "{}", stored.len());
             let mut again: Memory = serde_json::from_str(&stored).unwrap();
             let _ = decide(observation, &objectives, &limits, &mut again);
+            if let Some(edited) = edited(&memory, &numbers) {
+                let mut edited = edited.restored(desired, dials);
+                within(&decide(observation, &objectives, &limits, &mut edited), &limits);
+            }
         }
     }
 

@@ -52,6 +52,16 @@ pub enum CudaError {
     Kernel(#[from] KernelError),
 }
 
+impl CudaError {
+    /// Whether another GPU or driver would have helped, and not another model.
+    pub fn is_of_device(&self) -> bool {
+        !matches!(
+            self,
+            Self::Group { .. } | Self::HeadSize { .. } | Self::Matrix { .. } | Self::Kernel(_)
+        )
+    }
+}
+
 /// Names the call that failed.
 pub(crate) trait Context<T> {
     fn context(self, what: &'static str) -> Result<T, CudaError>;

@@ -77,6 +77,14 @@ struct Probed {
     work: Vec<Work>,
 }
 
+/// The first GPU that the process may use.
+///
+/// # Errors
+/// Where there is none that this build can use: says what was found and what is needed.
+pub fn open() -> Result<Arc<Gpu>, LoadError> {
+    Ok(Gpu::open(GpuOptions::from_environment())?)
+}
+
 impl CudaExecutor {
     /// Opens the GPU, loads weights and sets up the KV cache; `progress` is given the phase and the
     /// share of the whole.
@@ -88,7 +96,7 @@ impl CudaExecutor {
     ) -> Result<(Self, ModelInfo), LoadError> {
         let config = checkpoint.config(tokenizer)?;
         let sizes = sizes(&config, options)?;
-        let gpu = Gpu::open(GpuOptions::from_environment())?;
+        let gpu = open()?;
         let kernels = Arc::new(Kernels::load(&gpu)?);
         let weights = Weights::load(&kernels, checkpoint, &config, options.dtype, &|share| {
             progress(LoadPhase::Weights, share * 0.95);

@@ -10,7 +10,7 @@ mod sizes;
 mod step;
 mod weights;
 
-pub use executor::{CudaExecutor, DeviceMemory};
+pub use executor::{CudaExecutor, DeviceMemory, open};
 pub use forward::{Forward, Tuning};
 pub use profile::{Breakdown, GpuProfiler, KernelClass, copy_rate};
 pub use sizes::Sizes;

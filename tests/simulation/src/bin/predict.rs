@@ -6,8 +6,9 @@ use std::path::PathBuf;
 use anyhow::{Context, Result};
 use clap::Parser;
 use serde_json::json;
+use stoker_simulation::fleet::Point;
 use stoker_simulation::policy::Stoker;
-use stoker_simulation::{Device, Mix, Setup, Shape, Starts, Trace, simulate};
+use stoker_simulation::{Device, Mix, Routing, Setup, Shape, Starts, Trace, simulate};
 
 #[derive(Parser)]
 #[command(about = "What the simulator expects on a part of a trace")]
@@ -37,6 +38,15 @@ struct Args {
     /// Seconds that a replica takes to start.
     #[arg(long)]
     start_seconds: f64,
+    /// Seconds that the first replicas have been ready when the first request comes.
+    #[arg(long, default_value_t = 0.0)]
+    lead: f64,
+    /// Seconds that a replica which goes is still there at least.
+    #[arg(long, default_value_t = 0.0)]
+    leave_seconds: f64,
+    /// Without a router's queue: every request goes to a replica at once.
+    #[arg(long)]
+    no_queue: bool,
     #[arg(long, default_value_t = 1)]
     seed: u64,
     /// Where the requests go, as CSV.
@@ -69,11 +79,22 @@ fn main() -> Result<()> {
         min_replicas: args.min_replicas,
         max_replicas: args.max_replicas,
         replicas: args.min_replicas,
+        settling: 0.0,
+        leave_seconds: args.leave_seconds,
+        routing: if args.no_queue {
+            Routing::LeastOutstanding
+        } else {
+            Routing::Router
+        },
         seed: args.seed,
         ..Setup::study()
     };
-    let outcome = simulate(&setup, &part, &mut Stoker::new(&setup));
-    let points = &outcome.timeline;
+    let mut policy = Stoker::new(&setup).expecting_start(args.start_seconds);
+    let outcome = simulate(&setup, &part.delayed(args.lead), &mut policy);
+    let begun = |point: &&Point| point.t >= args.lead;
+    let points: Vec<&Point> = outcome.timeline.iter().filter(begun).collect();
+    // Until the first request comes there are the first replicas, which nobody counts live.
+    let before = f64::from(args.min_replicas) * args.lead / 3600.0;
     let mean = |of: fn(&stoker_autoscaler::Dials) -> u32| {
         let sum: f64 = points.iter().map(|point| f64::from(of(&point.dials))).sum();
         sum / points.len().max(1) as f64
@@ -84,7 +105,8 @@ fn main() -> Result<()> {
         json!({
             "requests": part.requests.len(),
             "good_percent": score.good,
-            "replica_hours": score.replica_hours,
+            "failed": score.failed + score.timeouts,
+            "replica_hours": score.replica_hours - before,
             "max_num_seqs": mean(|dials| dials.max_num_seqs),
             "max_num_batched_tokens": mean(|dials| dials.max_num_batched_tokens),
             "most_ready": points.iter().map(|point| point.ready).max(),

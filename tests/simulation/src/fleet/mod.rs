@@ -2,6 +2,7 @@
 
 mod faults;
 mod pods;
+mod routing;
 mod run;
 mod view;
 
@@ -42,6 +43,11 @@ pub enum Routing {
     /// A plain Service: so many connections, each to a replica taken at random when it was opened,
     /// opened anew after `max_age` seconds or when its replica goes; requests take any of them.
     Connections { connections: u32, max_age: f64 },
+    /// As stoker-router does it, by the rules of docs/router.md (one router, which knows everything):
+    /// a replica gets its cap and an eighth more; the rest waits in order of arrival for whichever has
+    /// room first, and is refused where it would wait, or has waited, for longer than its objective for
+    /// the first token allows. Of those with room the one with the fewest tokens to do is taken.
+    Router,
 }
 
 /// The world that a policy is tried in.
@@ -52,6 +58,9 @@ pub struct Setup {
     pub goals: Goals,
     pub starts: Starts,
     pub routing: Routing,
+    /// Seconds that a ready pod which is to go is still there at least, one after the other: out of
+    /// rotation on trial, and until its endpoints are gone.
+    pub leave_seconds: f64,
     pub min_replicas: u32,
     pub max_replicas: u32,
     /// Ready at the beginning.
@@ -75,6 +84,7 @@ impl Setup {
             goals: Goals::default(),
             starts: Starts::default(),
             routing: Routing::LeastOutstanding,
+            leave_seconds: 0.0,
             min_replicas: 1,
             max_replicas: 40,
             replicas: 1,

@@ -21,6 +21,10 @@ pub(super) struct Pod {
     tally: Tally,
     nonsense: bool,
     pub outstanding: u32,
+    /// Prompt tokens not yet computed and tokens not yet generated of those.
+    pub to_do: f64,
+    /// A pod that goes is there until then at least.
+    gone_at: f64,
     /// Of an ordinary replica's requests; 0 for none while another is ready.
     pub weight: f64,
     /// Gauges of the last seconds, where they may be told late.
@@ -35,6 +39,7 @@ impl Pod {
     /// When something happens in it.
     pub fn next(&self) -> f64 {
         match (&self.core, self.phase) {
+            (_, Phase::Draining) if self.outstanding == 0 => self.gone_at,
             (Some(core), _) => core.next(),
             (None, Phase::Starting) => self.ready_at,
             _ => f64::INFINITY,
@@ -46,6 +51,12 @@ impl Pod {
         f64::from(self.outstanding + 1) / self.weight.max(f64::MIN_POSITIVE)
     }
 
+    /// Requests that a router sends here at most: the cap and a short buffer.
+    pub fn slots(&self) -> u32 {
+        let cap = self.dials.max_num_seqs;
+        cap.saturating_add((cap / 8).max(1))
+    }
+
     /// Takes a request in; false where its engine refuses it.
     pub fn send(&mut self, request: u32, ledger: &Ledger, now: f64) -> bool {
         let Some(core) = &mut self.core else {
@@ -55,28 +66,35 @@ impl Pod {
         if sent {
             self.outstanding += 1;
             if let Some(flight) = ledger.get(request) {
+                self.to_do += flight.tokens();
                 self.tally.received(flight);
             }
         }
         sent
     }
 
-    pub fn time_out(&mut self, request: u32) {
+    /// Gives up a request that has no token yet, of so many `tokens`.
+    pub fn time_out(&mut self, request: u32, tokens: f64) {
         if let Some(core) = &mut self.core {
             core.abort(request);
+            self.to_do -= tokens;
             self.tally.timed_out();
             self.outstanding = self.outstanding.saturating_sub(1);
         }
     }
 
-    /// Ends the step in flight. Returns how many requests ended.
-    pub fn advance(&mut self, ledger: &mut Ledger) -> u32 {
+    /// Ends the step in flight. Returns how many requests ended, and the sum of the seconds that they
+    /// were here.
+    pub fn advance(&mut self, ledger: &mut Ledger) -> (u32, f64) {
         let Some(core) = &mut self.core else {
-            return 0;
+            return (0, 0.0);
         };
+        let progress = |tally: &Tally| (tally.prompt_tokens + tally.generation_tokens) as f64;
+        let (before, served) = (progress(&self.tally), self.tally.served_seconds);
         let ended = core.advance(ledger, &mut self.tally);
+        self.to_do -= progress(&self.tally) - before;
         self.outstanding = self.outstanding.saturating_sub(ended);
-        ended
+        (ended, self.tally.served_seconds - served)
     }
 
     pub fn set_dials(&mut self, dials: Dials) {
@@ -163,6 +181,8 @@ pub(super) struct Pods {
     pub list: Vec<Pod>,
     warm: u32,
     made: u32,
+    /// When the last one that goes is gone at the soonest.
+    last_gone: f64,
     /// Replica-seconds of pods that are gone.
     paid: f64,
 }
@@ -173,6 +193,7 @@ impl Pods {
             list: Vec::new(),
             warm: setup.starts.warm_nodes,
             made: 0,
+            last_gone: 0.0,
             paid: 0.0,
         };
         for _ in 0..setup.replicas {
@@ -202,6 +223,8 @@ impl Pods {
             tally: Tally::default(),
             nonsense: setup.faults.nonsense(nth),
             outstanding: 0,
+            to_do: 0.0,
+            gone_at: 0.0,
             weight: 1.0,
             past: Vec::new(),
         };
@@ -236,7 +259,13 @@ impl Pods {
                     (order, std::cmp::Reverse(p.outstanding), p.id)
                 });
                 match victim {
-                    Some(pod) => pod.phase = Phase::Draining,
+                    Some(pod) => {
+                        if pod.ready() {
+                            self.last_gone = self.last_gone.max(now) + setup.leave_seconds;
+                            pod.gone_at = self.last_gone;
+                        }
+                        pod.phase = Phase::Draining;
+                    }
                     None => return,
                 }
             } else {
@@ -250,7 +279,7 @@ impl Pods {
     pub fn bury(&mut self, setup: &Setup, now: f64) {
         let (paid, warm) = (&mut self.paid, &mut self.warm);
         self.list.retain(|pod| {
-            let gone = pod.phase == Phase::Draining && pod.outstanding == 0;
+            let gone = pod.phase == Phase::Draining && pod.outstanding == 0 && pod.gone_at <= now;
             if gone {
                 *paid += now - pod.created;
                 if pod.ready_at.is_finite() {

@@ -5,7 +5,8 @@ use std::collections::VecDeque;
 use stoker_autoscaler::{Dials, Phase};
 
 use super::faults::{Fault, Faults};
-use super::pods::{Pod, Pods, untouched};
+use super::pods::{Pods, untouched};
+use super::routing::Connection;
 use super::view::View;
 use super::{Action, Policy, Routing, Setup, TAIL};
 use crate::flight::{Ledger, State};
@@ -58,30 +59,28 @@ pub fn simulate(setup: &Setup, trace: &Trace, policy: &mut dyn Policy) -> Outcom
     }
 }
 
-struct Connection {
-    replica: u32,
-    opened: f64,
-}
-
-struct Fleet<'a> {
-    setup: &'a Setup,
+pub(super) struct Fleet<'a> {
+    pub setup: &'a Setup,
     duration: f64,
-    now: f64,
-    ledger: Ledger,
-    pods: Pods,
+    pub now: f64,
+    pub ledger: Ledger,
+    pub pods: Pods,
     /// When something happens in each pod, in the list's order.
     next: Vec<f64>,
-    next_arrival: usize,
+    pub next_arrival: usize,
     /// The first request that may still time out.
     next_timeout: usize,
-    held: VecDeque<u32>,
-    /// Requests that were sent and aren't done with.
-    open: u32,
-    connections: Vec<Connection>,
-    turn: usize,
+    /// What waits in front of the replicas, in order.
+    pub held: VecDeque<u32>,
+    /// Requests that were sent or are held and aren't done with.
+    pub open: u32,
+    pub connections: Vec<Connection>,
+    pub turn: usize,
+    /// How long an answer takes its replica, as a router learns it; 0 before the first one.
+    pub duration_of_answers: f64,
     desired: u32,
     dials: Dials,
-    random: Random,
+    pub random: Random,
     timeline: Vec<Point>,
     hours: f64,
     changes: u32,
@@ -108,6 +107,7 @@ impl<'a> Fleet<'a> {
             open: 0,
             connections: Vec::new(),
             turn: 0,
+            duration_of_answers: 0.0,
             desired: setup.replicas,
             dials: setup.dials,
             random: Random::of(setup.seed, "fleet"),
@@ -141,8 +141,9 @@ impl<'a> Fleet<'a> {
             let arrival = (self.ledger.flights.get(self.next_arrival))
                 .map_or(f64::INFINITY, |flight| flight.arrival);
             let timeout = self.timeout();
+            let late = self.patience();
             let fault = faults.last().map_or(f64::INFINITY, |fault| moment(fault));
-            let other = arrival.min(timeout).min(fault);
+            let other = arrival.min(timeout).min(fault).min(late);
             let ticks = tick.min(point).min(restart);
             let now = step.min(other).min(ticks);
             if now >= end && self.settled(now) {
@@ -152,10 +153,12 @@ impl<'a> Fleet<'a> {
             // Pods first, so that whoever looks at this moment sees what is done by then.
             if step <= other && step <= ticks {
                 self.advance(place);
-            } else if arrival <= timeout.min(fault).min(ticks) {
+            } else if arrival <= timeout.min(fault).min(late).min(ticks) {
                 let request = self.next_arrival as u32;
                 self.next_arrival += 1;
                 self.route(request);
+            } else if late <= timeout.min(fault).min(ticks) {
+                self.refuse_late();
             } else if timeout <= fault.min(ticks) {
                 self.time_out();
             } else if fault <= ticks {
@@ -194,7 +197,7 @@ impl<'a> Fleet<'a> {
             .extend(self.pods.list.iter().map(|pod| pod.next()));
     }
 
-    fn refresh_one(&mut self, place: usize) {
+    pub(super) fn refresh_one(&mut self, place: usize) {
         if let (Some(next), Some(pod)) = (self.next.get_mut(place), self.pods.list.get(place)) {
             *next = pod.next();
         }
@@ -207,107 +210,36 @@ impl<'a> Fleet<'a> {
         if pod.phase == Phase::Starting {
             pod.start(self.setup);
             self.refresh_one(place);
-            for request in std::mem::take(&mut self.held) {
-                self.route(request);
+            if self.setup.routing == Routing::Router {
+                self.pump();
+            } else {
+                for request in std::mem::take(&mut self.held) {
+                    self.route(request);
+                }
             }
             return;
         }
-        self.open -= pod.advance(&mut self.ledger);
-        if pod.phase == Phase::Draining && pod.outstanding == 0 {
+        let leaves = pod.phase == Phase::Draining;
+        let mut ended = 0;
+        if !leaves || pod.outstanding > 0 {
+            let seconds;
+            (ended, seconds) = pod.advance(&mut self.ledger);
+            self.open -= ended;
+            if ended > 0 {
+                self.learn_duration(seconds / f64::from(ended));
+            }
+        }
+        let empty = (self.pods.list.get(place)).is_some_and(|pod| pod.outstanding == 0);
+        if leaves && empty {
             self.pods.bury(self.setup, self.now);
             self.pods.schedule(self.setup, self.now);
             self.refresh();
         } else {
             self.refresh_one(place);
         }
-    }
-
-    /// Sends a request to a replica, or holds it until there is one.
-    fn route(&mut self, request: u32) {
-        let place = match self.setup.routing {
-            Routing::LeastOutstanding => self.least_outstanding(),
-            Routing::Connections {
-                connections,
-                max_age,
-            } => self.connection(connections, max_age),
-        };
-        let state = match place {
-            None => {
-                self.held.push_back(request);
-                State::Held
-            }
-            Some(place) => {
-                // The replica may answer at once to what it is told.
-                let sent = self.pods.list.get_mut(place).map(|pod| {
-                    let sent = pod.send(request, &self.ledger, self.now);
-                    (pod.id, sent)
-                });
-                self.refresh_one(place);
-                match sent {
-                    Some((id, true)) => State::Sent(id),
-                    _ => State::Failed,
-                }
-            }
-        };
-        if let Some(flight) = self.ledger.get_mut(request) {
-            let was_open = flight.state == State::Held;
-            flight.state = state;
-            match (was_open, state == State::Failed) {
-                (false, false) => self.open += 1,
-                (true, true) => self.open -= 1,
-                _ => {}
-            }
+        if ended > 0 {
+            self.pump();
         }
-    }
-
-    /// Ties go round.
-    fn least_outstanding(&mut self) -> Option<usize> {
-        let pods = &self.pods.list;
-        let n = pods.len().max(1);
-        self.turn = (self.turn + 1) % n;
-        (self.turn..n)
-            .chain(0..self.turn)
-            .filter(|&place| pods.get(place).is_some_and(|pod| pod.ready()))
-            .min_by(|&a, &b| {
-                let load = |place: usize| pods.get(place).map_or(f64::INFINITY, Pod::load);
-                load(a).total_cmp(&load(b))
-            })
-    }
-
-    fn connection(&mut self, connections: u32, max_age: f64) -> Option<usize> {
-        let ready: Vec<usize> = (self.pods.list.iter().enumerate())
-            .filter(|(_, pod)| pod.ready())
-            .map(|(place, _)| place)
-            .collect();
-        if ready.is_empty() {
-            return None;
-        }
-        let index = self.random.below(connections.max(1) as usize);
-        let pods = &self.pods.list;
-        let open = self.connections.get(index).and_then(|connection| {
-            let young = self.now - connection.opened < max_age;
-            let place = pods.iter().position(|pod| pod.id == connection.replica)?;
-            (young && ready.contains(&place)).then_some(place)
-        });
-        if open.is_some() {
-            return open;
-        }
-        let place = *ready.get(self.random.below(ready.len()))?;
-        let fresh = Connection {
-            replica: pods.get(place)?.id,
-            // Connections weren't all opened at once.
-            opened: self.now - self.random.uniform() * max_age,
-        };
-        while self.connections.len() <= index {
-            self.connections.push(Connection {
-                replica: u32::MAX,
-                opened: f64::NEG_INFINITY,
-            });
-        }
-        if let Some(connection) = self.connections.get_mut(index) {
-            *connection = fresh;
-        }
-        Some(place)
     }
 
     /// When the next client loses patience.
@@ -331,15 +263,17 @@ impl<'a> Fleet<'a> {
         let Some(flight) = self.ledger.get_mut(request) else {
             return;
         };
+        let tokens = flight.tokens();
         let state = std::mem::replace(&mut flight.state, State::TimedOut);
         self.open -= 1;
         match state {
             State::Sent(id) => {
                 if let Some(pod) = self.pods.get_mut(id) {
-                    pod.time_out(request);
+                    pod.time_out(request, tokens);
                 }
                 self.pods.bury(self.setup, self.now);
                 self.refresh();
+                self.pump();
             }
             _ => self.held.retain(|held| *held != request),
         }
@@ -383,6 +317,7 @@ impl<'a> Fleet<'a> {
     }
 
     fn view(&mut self) -> View {
+        let queue = self.queue();
         let (now, setup, random) = (self.now, self.setup, &mut self.random);
         let pods = self.pods.list.iter_mut();
         View {
@@ -392,6 +327,7 @@ impl<'a> Fleet<'a> {
             min_replicas: setup.min_replicas,
             max_replicas: setup.max_replicas,
             held: self.held.len() as u32,
+            queue,
             replicas: pods.map(|pod| pod.seen(now, setup, random)).collect(),
         }
     }
@@ -430,6 +366,7 @@ impl<'a> Fleet<'a> {
             self.pods.scale(replicas, self.setup, dials, self.now);
         }
         self.refresh();
+        self.pump();
     }
 
     fn note(&mut self, policy: &dyn Policy) {

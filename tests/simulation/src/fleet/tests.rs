@@ -1,7 +1,7 @@
 //! Pods come, go and fail as told.
 
 use super::*;
-use crate::flight::State;
+use crate::flight::{Goals, State};
 use crate::policy::{Fixed, Schedule, Stoker};
 use crate::replica::Backend;
 use crate::score::Score;
@@ -133,6 +133,77 @@ fn spreading_by_load_beats_a_plain_service() {
     let (least, random) = (score(&setup, &trace), score(&random, &trace));
     assert!(least.ttft_p99 < random.ttft_p99, "{least:?} {random:?}");
     assert!(random.good > 50.0, "{random:?}");
+}
+
+fn routed(setup: Setup) -> Setup {
+    Setup {
+        routing: Routing::Router,
+        ..setup
+    }
+}
+
+#[test]
+fn a_router_holds_back_what_no_replica_has_room_for_and_refuses_what_comes_too_late() {
+    let setup = routed(fast()).with_dials(8, 512);
+    let outcome = simulate(&setup, &steady(6.0, 200.0), &mut Fixed::new(1, setup.dials));
+    // The cap of 8 and one more at the replica; what waits is no more than goes within the objective.
+    let busiest = outcome.timeline.iter().map(|p| p.running + p.waiting).max();
+    assert!(busiest < Some(9 + 20), "{busiest:?}");
+    assert!(outcome.score.failed > 100, "{:?}", outcome.score);
+    assert_eq!(outcome.score.timeouts, 0);
+    for flight in &outcome.ledger.flights {
+        let allowed = flight.arrival + setup.goals.ttft_within(f64::from(flight.prompt));
+        match flight.state {
+            State::Done => assert!(flight.sent <= allowed + 1e-6, "{flight:?}"),
+            state => assert_eq!(state, State::Failed, "{flight:?}"),
+        }
+    }
+}
+
+#[test]
+fn what_waits_in_the_router_goes_to_the_replica_that_comes() {
+    let trace = steady(1.6, 400.0);
+    let one_then_two = |setup: &Setup| {
+        let mut schedule = Schedule {
+            slot: 60.0,
+            replicas: vec![1, 2],
+            dials: setup.dials,
+        };
+        simulate(setup, &trace, &mut schedule).score
+    };
+    let patient = |setup: Setup| Setup {
+        goals: Goals {
+            ttft: 300.0,
+            timeout: 300.0,
+            ..setup.goals
+        },
+        ..setup.with_dials(4, 512)
+    };
+    let (held, sent) = (
+        one_then_two(&routed(patient(fast()))),
+        one_then_two(&patient(fast())),
+    );
+    assert_eq!(held.failed + held.timeouts, 0, "{held:?}");
+    assert!(held.ttft_p99 < sent.ttft_p99, "{held:?} {sent:?}");
+}
+
+#[test]
+fn replicas_leave_one_after_the_other_and_are_paid_until_then() {
+    let trace = steady(0.5, 600.0);
+    let hours = |leave_seconds: f64| {
+        let setup = Setup {
+            leave_seconds,
+            ..routed(fast()).with_replicas(3)
+        };
+        let mut schedule = Schedule {
+            slot: 60.0,
+            replicas: vec![3, 3, 1],
+            dials: setup.dials,
+        };
+        3600.0 * simulate(&setup, &trace, &mut schedule).score.replica_hours
+    };
+    let longer = hours(30.0) - hours(0.0);
+    assert!((60.0..91.0).contains(&longer), "{longer}");
 }
 
 #[test]

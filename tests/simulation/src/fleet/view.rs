@@ -1,6 +1,6 @@
 //! What a policy sees of a fleet.
 
-use stoker_autoscaler::{Dials, Observation, Phase, Replica, Sample};
+use stoker_autoscaler::{Dials, Observation, Phase, Queue, Replica, Sample};
 use stoker_law::{Law, StepShape};
 
 use crate::replica::Tally;
@@ -56,6 +56,8 @@ pub struct View {
     pub max_replicas: u32,
     /// Requests that wait at the router for any replica to be ready.
     pub held: u32,
+    /// What a router tells of them, with [`super::Routing::Router`].
+    pub queue: Option<Queue>,
     pub replicas: Vec<ReplicaView>,
 }
 
@@ -115,7 +117,7 @@ impl View {
             }
         });
         Observation {
-            queue: None,
+            queue: self.queue,
             now: EPOCH + self.now,
             desired_replicas: self.desired,
             replicas: replicas.collect(),

@@ -7,6 +7,10 @@ use crate::fleet::{Action, EPOCH, Policy, Setup, View};
 
 /// Seconds between two looks, as in the operator.
 const PERIOD: f64 = 2.0;
+/// Seconds between two times that the operator stores a memory, and from its start until the latest of
+/// its services is due.
+const STORED_EVERY: f64 = 60.0;
+const LATEST_FIRST: f64 = 30.0;
 /// Ranges of the dials, as the CRD's defaults have them.
 const SEQS: (u32, u32) = (1, 256);
 const TOKENS: (u32, u32) = (64, 8192);
@@ -15,8 +19,11 @@ pub struct Stoker {
     objectives: Objectives,
     limits: Limits,
     memory: Memory,
-    /// Whether a restart finds the memory, or only what the object's status tells.
+    /// Whether the memory is stored now and then, for a restart to find.
     stores: bool,
+    stored: Option<String>,
+    /// When it is stored next.
+    due: f64,
     /// When it was decided last, and what.
     stands: Option<(f64, u32, Dials)>,
     reason: Option<String>,
@@ -39,6 +46,8 @@ impl Stoker {
             },
             memory: Memory::default(),
             stores: false,
+            stored: None,
+            due: LATEST_FIRST,
             stands: None,
             reason: None,
             outlooks: Vec::new(),
@@ -93,7 +102,13 @@ impl Stoker {
         self
     }
 
-    /// Its memory outlives restarts.
+    /// Told how many seconds a replica takes to start, as it would have seen of the first ones.
+    pub fn expecting_start(mut self, seconds: f64) -> Self {
+        self.memory = self.memory.expecting_start(seconds);
+        self
+    }
+
+    /// Its memory outlives restarts, as old as the operator lets it get.
     pub fn with_stored_memory(mut self) -> Self {
         self.stores = true;
         self
@@ -128,6 +143,10 @@ impl Policy for Stoker {
             &self.limits,
             &mut self.memory,
         );
+        if self.stores && view.now >= self.due {
+            self.due = view.now + STORED_EVERY;
+            self.stored = serde_json::to_string(&self.memory).ok();
+        }
         self.reason = Some(decision.reason.message);
         self.outlooks.extend(decision.outlook);
         let number = crate::fleet::number;
@@ -147,15 +166,17 @@ impl Policy for Stoker {
 
     /// What the operator finds comes back: what it had stored, or what the object's status tells.
     fn restart(&mut self) {
-        self.memory = match self.stands {
-            None => Memory::default(),
-            Some(_) if self.stores => {
-                let stored = serde_json::to_string(&self.memory);
-                let text = stored.unwrap_or_default();
-                serde_json::from_str(&text).unwrap_or_default()
-            }
-            Some((now, replicas, dials)) => Memory::seeded(replicas, Some(dials), EPOCH + now),
+        let Some((now, replicas, dials)) = self.stands else {
+            self.memory = Memory::default();
+            return;
         };
+        let stored: Option<Memory> =
+            (self.stored.as_deref()).and_then(|text| serde_json::from_str(text).ok());
+        self.memory = match stored {
+            Some(memory) => memory.restored(replicas, Some(dials)),
+            None => Memory::seeded(replicas, Some(dials), EPOCH + now),
+        };
+        self.due = now + LATEST_FIRST;
     }
 
     fn reason(&self) -> Option<String> {

@@ -36,6 +36,7 @@ fn view(now: f64, replicas: u32, running: u32, waiting: u32, kv_tokens: u64) -> 
         }),
     };
     View {
+        queue: None,
         now,
         desired: replicas,
         dials: DIALS,

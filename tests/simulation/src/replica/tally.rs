@@ -121,6 +121,8 @@ pub struct Tally {
     pub itl_met: u64,
     pub itl_missed: u64,
     pub timeouts: u64,
+    /// That requests which ended had been here, together.
+    pub served_seconds: f64,
     /// Steps without prompts, and with some.
     pub decodes: Sums,
     pub prefills: Sums,
@@ -146,6 +148,7 @@ impl Default for Tally {
             itl_met: 0,
             itl_missed: 0,
             timeouts: 0,
+            served_seconds: 0.0,
             decodes: Sums::default(),
             prefills: Sums::default(),
             ttft: Buckets::new(&TTFT),
@@ -188,6 +191,7 @@ impl Tally {
     /// The last token has come.
     pub fn finished(&mut self, flight: &Flight, goals: &Goals) {
         self.finished += 1;
+        self.served_seconds += flight.last_token - flight.sent;
         self.prompt_length.add(f64::from(flight.prompt), 1);
         self.generation_length.add(f64::from(flight.output), 1);
         if flight.meets_itl(goals) {

@@ -54,6 +54,19 @@ impl Trace {
         }
     }
 
+    /// The same, so many seconds later.
+    pub fn delayed(&self, seconds: f64) -> Self {
+        let later = |request: &Request| Request {
+            arrival: request.arrival + seconds,
+            ..*request
+        };
+        Trace {
+            name: self.name.clone(),
+            requests: self.requests.iter().map(later).collect(),
+            duration: self.duration + seconds,
+        }
+    }
+
     /// `factor` times as many requests in the same time: each is asked that often, a moment apart.
     pub fn thickened(&self, factor: u32) -> Self {
         let requests = self.requests.iter().flat_map(|request| {
