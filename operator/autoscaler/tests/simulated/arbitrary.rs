@@ -225,7 +225,7 @@ fn edited(memory: &Memory, numbers: &[f64]) -> Option<Memory> {
             _ => {}
         }
     }
-    let mut stored = serde_json::to_value(memory).unwrap();
+    let mut stored = serde_json::to_value(memory).ok()?;
     edit(&mut stored, &mut numbers.iter().copied().cycle());
     serde_json::from_value(stored).ok()
 }
