@@ -31,6 +31,10 @@ pub fn install_metrics() -> anyhow::Result<PrometheusHandle> {
     );
     describe_counter!("stoker_operator_status_writes_total", "Statuses written");
     describe_counter!(
+        "stoker_operator_memory_writes_total",
+        "ConfigMaps with scaling memories written"
+    );
+    describe_counter!(
         "stoker_operator_scrapes_total",
         "Scrapes of replicas by result"
     );

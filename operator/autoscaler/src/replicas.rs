@@ -443,3 +443,43 @@ fn patience(limits: &Limits) -> f64 {
         _ => 75.0,
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::observation::DialRange;
+
+    #[test]
+    fn a_deployment_that_still_moves_is_nobody_elses_doing() {
+        let range = DialRange {
+            min: 1,
+            max: 8,
+            initial: 8,
+        };
+        let limits = Limits {
+            min_replicas: 1,
+            max_replicas: 9,
+            idle_seconds: 600.0,
+            max_num_seqs: range,
+            max_num_batched_tokens: range,
+            scale_down_stabilization_seconds: 75.0,
+        };
+        let mut memory = Memory {
+            replicas: Some(2),
+            ..Memory::default()
+        };
+        let mut in_force = |observed, now| in_force(&mut memory, observed, &limits, now);
+        // A step down takes 25 s.
+        for (observed, now) in [
+            (5, 0.0),
+            (5, 24.0),
+            (4, 25.0),
+            (4, 49.0),
+            (3, 50.0),
+            (3, 80.0),
+        ] {
+            assert_eq!(in_force(observed, now), 2, "{observed} at {now}");
+        }
+        assert_eq!(in_force(3, 81.0), 3, "there it stays");
+    }
+}

@@ -43,6 +43,8 @@ pub struct Place {
     due: Option<Instant>,
     /// What was written last, but for its time.
     written: Option<Value>,
+    /// It was said that the name is taken.
+    told: bool,
 }
 
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -145,7 +147,7 @@ impl Keeper {
         service: &InferenceService,
         text: String,
     ) -> Result<bool, CallError> {
-        if place.standing == Standing::Unknown {
+        if matches!(place.standing, Standing::Unknown | Standing::Foreign) {
             self.find(place, service).await?;
         }
         let uid = match &place.standing {
@@ -199,7 +201,9 @@ impl Keeper {
                 "ConfigMap {name} is not this service's: it is left alone, and what scaling learns is lost \
                  when the operator restarts"
             );
-            self.tell(service, "MemoryNotKept", note).await;
+            if !std::mem::replace(&mut place.told, true) {
+                self.tell(service, "MemoryNotKept", note).await;
+            }
             return Ok(None);
         }
         Ok(found)

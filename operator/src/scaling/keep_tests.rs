@@ -180,6 +180,15 @@ async fn what_is_somebody_elses_is_left_alone() {
     let (request, respond) = server.next_request().await.unwrap();
     assert_eq!(body_of(request).await["reason"], "MemoryNotKept");
     respond.send_response(answer(201, &json!({"metadata": {}})));
+    // It is looked at again, in case the name is free by then, and that is not told again.
+    next(
+        &mut server,
+        Method::GET,
+        PATH,
+        200,
+        &stored(&memory(5), "other"),
+    )
+    .await;
     run.await.unwrap();
     assert!(server.next_request().await.is_none(), "it was written to");
 }
