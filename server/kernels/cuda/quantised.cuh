@@ -4,7 +4,7 @@
 // one. A value is q times its scale plus the least one, or (q - 128) or (q - 8) times its scale.
 //
 // Rows of a matrix stand together by eight, in units of so many columns: [columns / UNIT][rows / 8].
-// A unit holds 32 lanes' values, 16 bytes (or 8, if a lane has no more) of each lane at a time, and
+// A unit holds values of 64 columns at a time, 16 (or with 4 bits 8) bytes of each of 32 lanes, and
 // then its groups' scales, [groups][8 rows], as pairs with the least values. Lane 4 g + t has values
 // of row g, in pieces of 8: of each 32 columns one piece (see `pair_at`). In a piece of 4 bits, value
 // 2 i is nibble i and value 2 i + 1 nibble i + 4, so that one mask gives two neighbours.
@@ -35,9 +35,7 @@ template <class F> __device__ __forceinline__ size_t unit_at(int unit, int eight
 }
 // Where a piece of a lane begins in its unit.
 template <class F> __device__ __forceinline__ int piece_at(int lane, int piece) {
-    if (F::WORDS == 2) return lane * 8 + piece * (F::BITS / 4) * 4;
-    const int word = piece * (F::BITS / 4);
-    return word / 4 * 512 + lane * 16 + word % 4 * 4;
+    return (piece / 2 * 32 + lane) * 2 * F::BITS + piece % 2 * F::BITS;
 }
 // Where the scale of a row's group stands in its unit.
 template <class F> __device__ __forceinline__ int scale_at(int group, int row) {
@@ -104,17 +102,20 @@ template <class F> __device__ __forceinline__ u32 read_scale(const unsigned char
     return F::LEAST ? *(const u32*)from : *(const unsigned short*)from;
 }
 
-// Some words that stand together: 1, 2, or fours of them every 512 bytes.
-template <int WORDS> __device__ __forceinline__ void read_words(u32 (&words)[WORDS], const unsigned char* from) {
-    if (WORDS == 1) words[0] = *(const u32*)from;
-    if (WORDS == 2) {
-        const uint2 v = *(const uint2*)from;
-        words[0] = v.x, words[1] = v.y;
-    }
+// What a lane has of some times 64 columns, from its first piece on.
+template <class F, int WORDS> __device__ __forceinline__ void read_words(u32 (&words)[WORDS], const unsigned char* from) {
+    constexpr int AT_ONCE = F::BITS / 2;
 #pragma unroll
-    for (int c = 0; c < WORDS / 4; c++) {
-        const uint4 v = *(const uint4*)(from + c * 512);
-        words[4 * c] = v.x, words[4 * c + 1] = v.y, words[4 * c + 2] = v.z, words[4 * c + 3] = v.w;
+    for (int c = 0; c < WORDS / AT_ONCE; c++) {
+        const unsigned char* at = from + c * 64 * F::BITS;
+        u32* to = words + c * AT_ONCE;
+        if (F::BITS == 8) {
+            const uint4 v = *(const uint4*)at;
+            to[0] = v.x, to[1] = v.y, to[2] = v.z, to[3] = v.w;
+        } else {
+            const uint2 v = *(const uint2*)at;
+            to[0] = v.x, to[1] = v.y;
+        }
     }
 }
 
@@ -123,19 +124,8 @@ template <class F> struct Packed {
     u32 words[F::WORDS];
     u32 scales[F::GROUPS];
 
-    // From a unit in shared memory, or in global memory that is read once.
-    template <bool GLOBAL = false> __device__ __forceinline__ void read(const unsigned char* unit, int lane) {
-        if (F::WORDS == 2) {
-            uint2 v = *(const uint2*)(unit + lane * 8);
-            words[0] = v.x, words[1] = v.y;
-        } else {
-#pragma unroll
-            for (int c = 0; c < F::WORDS / 4; c++) {
-                const unsigned char* from = unit + c * 512 + lane * 16;
-                uint4 v = GLOBAL ? load_once(from) : *(const uint4*)from;
-                words[4 * c] = v.x, words[4 * c + 1] = v.y, words[4 * c + 2] = v.z, words[4 * c + 3] = v.w;
-            }
-        }
+    __device__ __forceinline__ void read(const unsigned char* unit, int lane) {
+        read_words<F>(words, unit + piece_at<F>(lane, 0));
 #pragma unroll
         for (int i = 0; i < F::GROUPS; i++) scales[i] = read_scale<F>(unit, i, lane / 4);
     }

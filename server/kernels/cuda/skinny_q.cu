@@ -45,7 +45,7 @@ __device__ __forceinline__ void skinny(const SkinnyQ& p) {
 #pragma unroll
             for (int i = 0; i < MT; i++)
 #pragma unroll
-                for (int r = 0; r < 2; r++) a[s][i][r].template read<true>(w[i] + unit * along + r * F::BYTES, lane);
+                for (int r = 0; r < 2; r++) a[s][i][r].read(w[i] + unit * along + r * F::BYTES, lane);
         }
         if (++next_turn == turns) {
             next_turn = 0, next_tile += gridDim.x;

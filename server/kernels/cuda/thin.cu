@@ -1,9 +1,10 @@
 // Products of few rows with weights in f16, on Hopper.
 #include "thin.cuh"
 
+constexpr int THREADS = 32 * (HALVES_WARPS + 2);
 #define THIN(OP, NAME, BN)                                                                 \
     KERNEL __launch_bounds__(THREADS) thin_##NAME##_##BN(const __grid_constant__ Thin p) { \
-        thin<OP, BN, Halves>(p);                                                                   \
+        thin<OP, BN, Halves>(p);                                                           \
     }
 THIN(QKV, qkv, 16)
 THIN(QKV, qkv, 24)

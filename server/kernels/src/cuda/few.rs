@@ -233,10 +233,10 @@ impl Kernels {
             .iter()
             .filter(|cut| rows <= SKINNY_ROWS && cut.2 == groups)
             .map(|&(warps, tiles, _)| FewTile::Skinny { warps, tiles });
-        let thin = thin::sizes(out)
-            .iter()
+        let thin = thin::sizes(out.operation(), false)
+            .into_iter()
             .filter(|_| self.has_wgmma())
-            .map(|&outputs| FewTile::Thin { outputs });
+            .map(|outputs| FewTile::Thin { outputs });
         skinny.chain(thin).collect()
     }
 
@@ -245,7 +245,7 @@ impl Kernels {
         if self.has_wgmma() {
             let processors = self.gpu().processors() as usize;
             return FewTile::Thin {
-                outputs: thin::best(out, w.size().0, processors),
+                outputs: thin::best(out, w, processors),
             };
         }
         if let Matrix::Quantised(w) = w {

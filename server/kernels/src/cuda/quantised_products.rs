@@ -143,8 +143,8 @@ impl Kernels {
     /// All cuts that [`Kernels::few_quantised`] can be asked for with so many rows.
     pub fn few_tiles_quantised(&self, out: &FewOut, rows: usize) -> Vec<FewTile> {
         if self.has_wgmma() {
-            let sizes = thin::sizes(out).iter();
-            return sizes.map(|&outputs| FewTile::Thin { outputs }).collect();
+            let sizes = thin::sizes(out.operation(), true).into_iter();
+            return sizes.map(|outputs| FewTile::Thin { outputs }).collect();
         }
         let groups = few::groups(rows);
         CUTS.iter()

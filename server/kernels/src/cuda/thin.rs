@@ -19,9 +19,12 @@ pub(super) const THIN_ROWS: usize = 16;
 /// Bytes of shared memory of a block of threads: nearly all that a multiprocessor has. The more there
 /// is under way, the better is memory used.
 const SHARED: usize = 214 << 10;
+/// The same with 4 bits, whose kernels are done sooner if less is under way and so comes in the order
+/// in which it is multiplied, by rows (docs/kernels.md).
+const SHARED_FOUR: [(usize, usize); 2] = [(4, 80 << 10), (8, 100 << 10)];
 /// Stages, at most.
 const MOST_STAGES: usize = 32;
-/// Warps that multiply, f16 weights and quantised ones; one copies besides, and one works out the
+/// Warps that multiply, with f16 and with quantised weights; one copies besides, and one works out the
 /// norm's scales.
 const WARPS: [usize; 2] = [8, 16];
 
@@ -32,6 +35,8 @@ const SIZES: [(&str, &[usize]); 4] = [
     ("gate_up", &[32, 64, 128]),
     ("head", &[128]),
 ];
+/// One that is for f16 alone: quantised weights would take too many registers.
+const HALVES_ONLY: usize = 48;
 
 #[repr(C)]
 struct ThinParameters {
@@ -44,16 +49,27 @@ struct ThinParameters {
 
 /// Kernels for f16, or for weights of so many bits.
 pub(crate) fn kernels(bits: Option<Bits>) -> Vec<(String, u32)> {
-    SIZES
-        .iter()
-        .flat_map(|(operation, sizes)| sizes.iter().map(move |size| name(bits, operation, *size)))
-        .map(|name| (name, SHARED as u32))
+    let operations = SIZES.map(|(operation, _)| operation).into_iter();
+    operations
+        .flat_map(|operation| {
+            let sizes = sizes(operation, bits.is_some()).into_iter();
+            sizes.map(move |size| (name(bits, operation, size), SHARED as u32))
+        })
         .collect()
 }
 
 fn name(bits: Option<Bits>, operation: &str, outputs: usize) -> String {
     let bits = bits.map_or(String::new(), |bits| bits.count().to_string());
     format!("thin{bits}_{operation}_{outputs}")
+}
+
+/// Bytes of shared memory of a block that multiplies so many rows.
+fn shared(w: &Matrix, rows: usize) -> usize {
+    let four = matches!(w, Matrix::Quantised(w) if w.bits() == Bits::Four);
+    SHARED_FOUR
+        .iter()
+        .find(|(most, _)| four && rows <= *most)
+        .map_or(SHARED, |&(_, bytes)| bytes)
 }
 
 /// What a stage has.
@@ -98,25 +114,25 @@ impl Stage {
     }
 }
 
-/// Tiles that are compiled for a kind of output.
-pub(super) fn sizes(out: &FewOut) -> &'static [usize] {
-    let wanted = out.operation();
-    SIZES
-        .iter()
-        .find(|(operation, _)| *operation == wanted)
-        .map_or(&[], |(_, sizes)| sizes)
+/// Tiles that are compiled for an operation.
+pub(super) fn sizes(operation: &str, quantised: bool) -> Vec<usize> {
+    let of_operation = SIZES.iter().filter(|(name, _)| *name == operation);
+    of_operation
+        .flat_map(|(_, sizes)| sizes.iter().copied())
+        .filter(|&size| !quantised || size != HALVES_ONLY)
+        .collect()
 }
 
 /// The tile that keeps the processors busy for the least time. Of the short products that add to the
 /// residual a quarter of the processors is left to the next kernel, whose weights come the sooner.
-pub(super) fn best(out: &FewOut, outputs: usize, processors: usize) -> usize {
+pub(super) fn best(out: &FewOut, w: &Matrix, processors: usize) -> usize {
+    let outputs = w.size().0;
     let processors = match out {
         FewOut::Residual { .. } => (processors * 3 / 4).max(1),
         _ => processors,
     };
-    sizes(out)
-        .iter()
-        .copied()
+    sizes(out.operation(), matches!(w, Matrix::Quantised(_)))
+        .into_iter()
         .min_by_key(|&size| {
             let rounds = outputs.div_ceil(size).div_ceil(processors);
             // Of equals the one with fewer rounds.
@@ -142,7 +158,8 @@ pub(super) fn launch(
     let pitch = (outputs + 23) / 32 * 32 + 8;
     let stage = Stage::of(w, outputs, n);
     let before = 16 * MOST_STAGES + stage.parts * n * pitch * size_of::<f32>() + 1024;
-    let stages = ((SHARED - before) / stage.bytes).min(MOST_STAGES);
+    let shared = shared(w, n);
+    let stages = ((shared - before) / stage.bytes).min(MOST_STAGES);
     let (map, packed, bits) = match w {
         Matrix::Halves(w) => (tensor_map(w.values().pointer(), m, k, outputs)?, 0, None),
         Matrix::Quantised(w) => {
@@ -161,7 +178,7 @@ pub(super) fn launch(
     let shape = Shape {
         grid: [tiles.min(kernels.gpu().processors()), 1, 1],
         threads: 32 * (WARPS[usize::from(bits.is_some())] as u32 + 2),
-        shared: SHARED as u32,
+        shared: shared as u32,
         early: true,
     };
     let kernel = kernels.kernel(&name(bits, operation, outputs))?;

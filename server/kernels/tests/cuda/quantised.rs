@@ -90,7 +90,8 @@ fn unpack(w: &Quantised) -> (Vec<u8>, Vec<f16>) {
             Bits::Eight => unit[piece / 2 * 512 + lane * 16 + piece % 2 * 8 + i],
             Bits::Four => {
                 let nibble = i / 2 + i % 2 * 4;
-                unit[lane * 16 + piece * 4 + nibble / 2] >> (nibble % 2 * 4) & 15
+                unit[piece / 2 * 256 + lane * 8 + piece % 2 * 4 + nibble / 2] >> (nibble % 2 * 4)
+                    & 15
             }
         });
     }
