@@ -28,7 +28,15 @@ use sha2::{Digest, Sha256};
 const ARCHITECTURES: &str = "75,80,86,89,90";
 
 /// Files that use instructions of one architecture alone: (file, architecture, its full name).
-const SPECIAL: &[(&str, &str, &str)] = &[("thin", "90", "90"), ("wide", "90", "90a")];
+const SPECIAL: &[(&str, &str, &str)] = &[
+    ("thin", "90", "90"),
+    ("thin_q", "90", "90"),
+    ("wide", "90", "90a"),
+    ("wide_q", "90", "90a"),
+];
+
+/// Files that such files replace on that architecture.
+const REPLACED: &[(&str, &str)] = &[("skinny_q", "90"), ("tiled_q", "90")];
 
 const OPTIONS: [&str; 3] = ["--std=c++17", "-default-device", "--generate-line-info"];
 
@@ -131,7 +139,9 @@ fn jobs(folder: &Path) -> Vec<Job> {
             Some(_) => {}
             None => {
                 for architecture in &wanted {
-                    add(format!("sm_{architecture}"));
+                    if !REPLACED.contains(&(file.as_str(), architecture)) {
+                        add(format!("sm_{architecture}"));
+                    }
                 }
                 add(format!("compute_{}", wanted[0]));
             }
@@ -156,23 +166,33 @@ impl Job {
     fn hash(&self, manifest: &Path) -> String {
         let mut hash = Sha256::new();
         hash.update(&self.architecture);
-        hash.update(&self.source);
         for option in OPTIONS {
             hash.update(option);
         }
-        let mut headers: Vec<PathBuf> = fs::read_dir(manifest.join("cuda"))
+        let folder = manifest.join("cuda");
+        let mut headers: Vec<(String, String)> = fs::read_dir(&folder)
             .unwrap()
             .map(|entry| entry.unwrap().path())
             .filter(|path| path.extension().is_some_and(|e| e == "cuh"))
+            .map(|path| {
+                let name = path.file_name().unwrap().to_string_lossy().into_owned();
+                (name, fs::read_to_string(&path).unwrap())
+            })
             .collect();
         headers.sort();
-        // A header counts where the file includes it, or another header that may.
-        for header in headers {
-            let name = header.file_name().unwrap().to_string_lossy().into_owned();
-            if name == "common.cuh" || self.source.contains(&name) {
-                hash.update(fs::read(&header).unwrap());
+        // All that the file includes, and what that includes.
+        let mut included = self.source.clone();
+        loop {
+            let (found, rest): (Vec<_>, Vec<_>) = headers
+                .into_iter()
+                .partition(|(name, _)| included.contains(&format!("#include \"{name}\"")));
+            if found.is_empty() {
+                break;
             }
+            included.extend(found.into_iter().map(|(_, text)| text));
+            headers = rest;
         }
+        hash.update(&included);
         let hash: String = hash.finalize().iter().map(|b| format!("{b:02x}")).collect();
         format!("{}.{}.{}", self.file, self.architecture, &hash[..24])
     }

@@ -82,6 +82,10 @@ __device__ __forceinline__ u32 shared_address(const void* p) {
     return (u32)__cvta_generic_to_shared(p);
 }
 
+__device__ __forceinline__ const unsigned char* shared_pointer(u32 address) {
+    return (const unsigned char*)__cvta_shared_to_generic(address);
+}
+
 // d += a * b on tensor cores; a: 16 rows x 16, b: 16 x 8 columns, in mma.m16n8k16's fragments.
 __device__ __forceinline__ void mma(float (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
 #if __CUDA_ARCH__ >= 800

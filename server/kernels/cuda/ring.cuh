@@ -33,6 +33,20 @@ __device__ __forceinline__ void copy_tile(u32 to, const TensorMap* map, int k, i
         "[%0], [%1, {%2, %3}], [%4];" ::"r"(to), "l"(map), "r"(k), "r"(row), "r"(barrier)
         : "memory");
 }
+// All of a third dimension's next boxes.
+__device__ __forceinline__ void copy_boxes(u32 to, const TensorMap* map, int box, u32 barrier) {
+    asm volatile(
+        "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes "
+        "[%0], [%1, {%2, %3, %4}], [%5];" ::"r"(to), "l"(map), "r"(0), "r"(0), "r"(box), "r"(barrier)
+        : "memory");
+}
+// Bytes that stand together, a multiple of 16.
+__device__ __forceinline__ void copy_run(u32 to, const void* from, int bytes, u32 barrier) {
+    asm volatile(
+        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to), "l"(from),
+        "r"(bytes), "r"(barrier)
+        : "memory");
+}
 // Shared memory with 128-byte swizzle: eight rows take 1024 bytes.
 __device__ __forceinline__ u64 descriptor(u32 address) {
     return (u64)((address & 0x3ffff) >> 4) | (u64)1 << 16 | (u64)(1024 >> 4) << 32 | (u64)1 << 62;

@@ -8,6 +8,8 @@ use super::{
     error::CudaError,
     launch::{Kernels, Shape},
     memory::Slice,
+    quantised::Quantised,
+    quantised_products,
     stream::Stream,
     thin::{self, THIN_ROWS},
     weights::Weights,
@@ -87,6 +89,22 @@ pub enum FewOut<'a> {
         /// `[rows, parts]`, of which [`Kernels::few`] gives the number.
         squares: Slice<'a, f32>,
     },
+}
+
+/// The weights of a product.
+pub(super) enum Matrix<'a> {
+    Halves(&'a Weights),
+    Quantised(&'a Quantised),
+}
+
+impl Matrix<'_> {
+    /// Outputs and inputs.
+    pub(super) fn size(&self) -> (usize, usize) {
+        match self {
+            Self::Halves(w) => (w.rows(), w.cols()),
+            Self::Quantised(w) => (w.rows(), w.cols()),
+        }
+    }
 }
 
 /// What the kernels of both forms take.
@@ -215,20 +233,23 @@ impl Kernels {
             .iter()
             .filter(|cut| rows <= SKINNY_ROWS && cut.2 == groups)
             .map(|&(warps, tiles, _)| FewTile::Skinny { warps, tiles });
-        let thin = thin::sizes(out)
-            .iter()
+        let thin = thin::sizes(out.operation(), false)
+            .into_iter()
             .filter(|_| self.has_wgmma())
-            .map(|&outputs| FewTile::Thin { outputs });
+            .map(|outputs| FewTile::Thin { outputs });
         skinny.chain(thin).collect()
     }
 
     /// What is fastest on the whole, as measured (docs/kernels.md).
-    fn few_tile(&self, out: &FewOut, outputs: usize, rows: usize) -> FewTile {
+    fn few_tile(&self, w: &Matrix, out: &FewOut, rows: usize) -> FewTile {
         if self.has_wgmma() {
             let processors = self.gpu().processors() as usize;
             return FewTile::Thin {
-                outputs: thin::best(out, outputs, processors),
+                outputs: thin::best(out, w, processors),
             };
+        }
+        if let Matrix::Quantised(w) = w {
+            return quantised_products::skinny_tile(w.bits(), out, rows);
         }
         let (warps, tiles) = match (out, groups(rows)) {
             (FewOut::GateUp(_), 1) | (FewOut::F16(_), 2) | (_, 4) => (8, 2),
@@ -262,8 +283,21 @@ impl Kernels {
         if rows > self.few_rows() {
             check("rows of a product of few", rows, self.few_rows())?;
         }
-        let (m, k) = (w.rows(), w.cols());
-        let tile = tile.unwrap_or_else(|| self.few_tile(&out, m, rows));
+        self.few_of(stream, rows, input, &Matrix::Halves(w), out, tile)
+    }
+
+    /// [`Kernels::few`], with weights of any type.
+    pub(super) fn few_of(
+        &self,
+        stream: &Stream,
+        rows: usize,
+        input: FewIn,
+        w: &Matrix,
+        out: FewOut,
+        tile: Option<FewTile>,
+    ) -> Result<usize, CudaError> {
+        let (m, k) = w.size();
+        let tile = tile.unwrap_or_else(|| self.few_tile(w, &out, rows));
         let parts = m.div_ceil(match tile {
             FewTile::Skinny { tiles, .. } => 16 * tiles as usize,
             FewTile::Thin { outputs } => outputs,
@@ -286,12 +320,23 @@ impl Kernels {
                 thin::launch(self, stream, w, p, operation, outputs)?;
             }
             FewTile::Skinny { warps, tiles } => {
-                let kernel = self.kernel(&name(operation, warps, tiles, groups(rows)))?;
-                let processors = self.gpu().processors();
+                let groups = groups(rows);
+                // What runs at once; with rather few tiles a block each.
+                let (pointer, kernel, blocks) = match w {
+                    Matrix::Halves(w) => (
+                        w.values().pointer(),
+                        name(operation, warps, tiles, groups),
+                        BLOCKS_PER_PROCESSOR * 8 / warps,
+                    ),
+                    Matrix::Quantised(w) => (
+                        w.values().pointer(),
+                        quantised_products::few_name(w.bits(), operation, tiles, groups),
+                        quantised_products::skinny_blocks(w.bits(), rows),
+                    ),
+                };
                 let shape = Shape {
-                    // What runs at once; with rather few tiles a block each.
                     grid: [
-                        (parts as u32).min(BLOCKS_PER_PROCESSOR * 8 / warps * processors),
+                        (parts as u32).min(blocks * self.gpu().processors()),
                         u32::from(rows > 0),
                         1,
                     ],
@@ -300,12 +345,12 @@ impl Kernels {
                     early: true,
                 };
                 let p = SkinnyParameters {
-                    w: w.values().pointer(),
+                    w: pointer,
                     common: p,
                 };
                 // SAFETY: the sizes of all that the kernel reads and writes were checked above; a
-                // `Weights` has `m k` values, in multiples of what the kernel takes at once.
-                unsafe { self.launch(stream, kernel, shape, &p) }?;
+                // matrix has `m k` values, in multiples of what the kernel takes at once.
+                unsafe { self.launch(stream, self.kernel(&kernel)?, shape, &p) }?;
             }
         }
         Ok(found)

@@ -75,13 +75,15 @@ impl Kernels {
         kernels.file("tiled", many::tiled_kernels(gpu.capability()))?;
         kernels.file("heads", plain(&["finish_heads"]))?;
         kernels.file("quantise", quantised::quantise_kernels())?;
-        kernels.file("skinny_q", quantised_products::few_kernels())?;
-        kernels.file(
-            "tiled_q",
-            quantised_products::tiled_kernels(gpu.capability()),
-        )?;
         kernels.wide = kernels.file("wide", many::wide_kernels())?;
-        kernels.file("thin", thin::kernels())?;
+        if kernels.wide {
+            kernels.file("thin", thin::kernels(None))?;
+            kernels.file("thin_q", quantised_products::thin_kernels())?;
+            kernels.file("wide_q", quantised_products::wide_kernels())?;
+        } else {
+            kernels.file("skinny_q", quantised_products::skinny_kernels())?;
+            kernels.file("tiled_q", quantised_products::tiled_kernels())?;
+        }
         Ok(kernels)
     }
 

@@ -1,4 +1,4 @@
-//! Products of many rows, in tiles on tensor cores: wgmma on Hopper (wide.cu), mma.sync elsewhere
+//! Products of many rows, in tiles on tensor cores: wgmma on Hopper (wide.cuh), mma.sync elsewhere
 //! (tiled.cu).
 #![allow(unsafe_code)]
 
@@ -54,32 +54,36 @@ struct TiledParameters {
 }
 
 #[repr(C)]
-struct WideParameters {
-    a: sys::CUtensorMap,
-    b: sys::CUtensorMap,
-    out: u64,
-    sums: u64,
-    m: i32,
-    k: i32,
-    n: i32,
-    parts: i32,
-    steps: i32,
-    stages: i32,
+pub(super) struct WideParameters {
+    pub(super) a: sys::CUtensorMap,
+    pub(super) b: sys::CUtensorMap,
+    pub(super) packed: u64,
+    pub(super) out: u64,
+    pub(super) sums: u64,
+    pub(super) m: i32,
+    pub(super) k: i32,
+    pub(super) n: i32,
+    pub(super) parts: i32,
+    pub(super) steps: i32,
+    pub(super) stages: i32,
 }
 
 /// Columns of tiles whose first operand is the weights.
-const FEW_COLUMNS: [usize; 6] = [32, 64, 96, 128, 192, 256];
+pub(super) const FEW_COLUMNS: [usize; 6] = [32, 64, 96, 128, 192, 256];
 /// The same where it is the rows.
 const MANY_COLUMNS: [usize; 2] = [128, 256];
 /// Rows of a tile's first operand.
-const FIRST: usize = 128;
+pub(super) const FIRST: usize = 128;
 /// Bytes of shared memory of a block of threads: all that a multiprocessor has. Before its stages are
 /// barriers, and what it takes to begin at a multiple of 1024.
 const MOST_SHARED: usize = 226 << 10;
 const BEFORE_STAGES: usize = 2048;
+const MOST_STAGES: usize = 16;
 
-fn stages(columns: usize) -> usize {
-    (MOST_SHARED - BEFORE_STAGES) / stage_bytes(columns)
+/// Stages of so many bytes, and the shared memory that a block needs for them.
+pub(super) fn stages(bytes: usize) -> (usize, u32) {
+    let stages = ((MOST_SHARED - BEFORE_STAGES) / bytes).min(MOST_STAGES);
+    (stages, (BEFORE_STAGES + stages * bytes) as u32)
 }
 
 fn stage_bytes(columns: usize) -> usize {
@@ -87,7 +91,7 @@ fn stage_bytes(columns: usize) -> usize {
 }
 
 fn wide_shared(columns: usize) -> u32 {
-    (BEFORE_STAGES + stages(columns) * stage_bytes(columns)) as u32
+    stages(stage_bytes(columns)).1
 }
 
 pub(crate) fn wide_kernels() -> Vec<(String, u32)> {
@@ -131,13 +135,14 @@ pub(super) struct Placed {
 }
 
 impl ManyOut<'_> {
-    /// Of `n` rows times an `[m, k]` matrix in so many parts. An error where there is no room for the
-    /// outputs, or they can't be cut so.
+    /// Of `n` rows times an `[m, k]` matrix in so many parts, in steps of so many values along k. An
+    /// error where there is no room for the outputs, or they can't be cut so.
     pub(super) fn placed(
         &self,
         n: usize,
         (m, k): (usize, usize),
         parts: usize,
+        along: usize,
     ) -> Result<Placed, CudaError> {
         let (mut halves, mut sums) = (0, 0);
         match self {
@@ -154,7 +159,7 @@ impl ManyOut<'_> {
         if !matches!(self, Self::Sums(_)) {
             check("parts of a product", parts, 1)?;
         }
-        let (possible, steps) = ManyShape::split(k, parts);
+        let (possible, steps) = split(k, parts, along);
         check("parts of a product", possible, parts)?;
         Ok(Placed {
             halves,
@@ -172,16 +177,16 @@ impl ManyOut<'_> {
     }
 }
 
-impl ManyShape {
-    /// Parts of k, none of them empty.
-    pub(super) fn split(k: usize, wanted: usize) -> (usize, usize) {
-        let all = k.div_ceil(STEP);
-        let steps = all.div_ceil(wanted.clamp(1, all));
-        (all.div_ceil(steps), steps)
-    }
+/// Parts of k, none of them empty, in steps of so many values: their number, and each one's steps.
+pub(super) fn split(k: usize, wanted: usize, along: usize) -> (usize, usize) {
+    let all = k.div_ceil(along);
+    let steps = all.div_ceil(wanted.clamp(1, all));
+    (all.div_ceil(steps), steps)
+}
 
+impl ManyShape {
     /// Blocks of threads.
-    fn tiles(&self, m: usize, n: usize) -> usize {
+    pub(super) fn tiles(&self, m: usize, n: usize) -> usize {
         let (a, b) = match self.rows_first {
             true => (n, m),
             false => (m, n),
@@ -189,12 +194,24 @@ impl ManyShape {
         a.div_ceil(FIRST) * b.div_ceil(self.columns) * self.parts
     }
 
-    /// Time that a product takes by a simple model, in units of one step of a full tile.
-    fn cost(&self, m: usize, k: usize, n: usize, processors: usize, sums: bool) -> f64 {
-        let (_, steps) = Self::split(k, self.parts);
+    /// Time that a product with weights of so many bits takes by a simple model, in units of one step
+    /// of a full tile.
+    pub(super) fn cost(
+        &self,
+        (m, k, n): (usize, usize, usize),
+        bits: usize,
+        processors: usize,
+        sums: bool,
+    ) -> f64 {
+        let (_, steps) = split(k, self.parts, STEP);
         let rounds = self.tiles(m, n).div_ceil(processors) as f64;
         // A narrow tile is bound by what it loads: 128 + columns rows for 128 x columns products.
-        let step = (self.columns as f64 / 256.0).max((FIRST + self.columns) as f64 / 384.0 * 0.75);
+        let loads = (FIRST * bits / 16 + self.columns) as f64;
+        // And what is quantised takes so long to unpack.
+        let unpacking = if bits < 16 { 0.25 } else { 0.0 };
+        let step = (self.columns as f64 / 256.0)
+            .max(loads / 384.0 * 0.75)
+            .max(unpacking);
         // Filling the ring, and writing the results.
         let ends = 4.0 + self.columns as f64 / 64.0;
         // Sums are written, and read again by the next kernel.
@@ -220,7 +237,7 @@ impl Kernels {
             let side = if n <= 64 { 64 } else { 128 };
             let tiles = m.div_ceil(side) * n.div_ceil(side);
             let parts = (2 * processors / tiles.max(1)).clamp(1, most);
-            let (parts, _) = ManyShape::split(k, parts);
+            let (parts, _) = split(k, parts, STEP);
             return ManyShape {
                 rows_first: true,
                 columns: side,
@@ -240,13 +257,13 @@ impl Kernels {
                 continue;
             }
             for parts in 1..=most {
-                let (parts, _) = ManyShape::split(k, parts);
+                let (parts, _) = split(k, parts, STEP);
                 let shape = ManyShape {
                     rows_first,
                     columns,
                     parts,
                 };
-                let cost = shape.cost(m, k, n, processors, sums);
+                let cost = shape.cost((m, k, n), 16, processors, sums);
                 if cost < least {
                     (best, least) = (shape, cost);
                 }
@@ -299,7 +316,7 @@ impl Kernels {
             halves,
             sums,
             steps,
-        } = out.placed(n, (m, k), shape.parts)?;
+        } = out.placed(n, (m, k), shape.parts, STEP)?;
         if n == 0 {
             return Ok(());
         }
@@ -352,6 +369,7 @@ impl Kernels {
         let p = WideParameters {
             a,
             b,
+            packed: 0,
             out: halves,
             sums,
             m: m as i32,
@@ -359,7 +377,7 @@ impl Kernels {
             n: n as i32,
             parts: shape.parts as i32,
             steps: steps as i32,
-            stages: stages(shape.columns) as i32,
+            stages: stages(stage_bytes(shape.columns)).0 as i32,
         };
         let tiles = shape.tiles(m, n);
         let launch = Shape {
@@ -380,17 +398,40 @@ pub(super) fn tensor_map(
     cols: usize,
     rows_box: usize,
 ) -> Result<sys::CUtensorMap, CudaError> {
+    let row = (cols * size_of::<f16>()) as u64;
+    map(pointer, [cols as u64, rows as u64], [row], [STEP, rows_box])
+}
+
+/// The same with all its rows in a box, of which `boxes` along them are taken at once: `cols` are whole
+/// boxes.
+pub(super) fn boxes_map(
+    pointer: u64,
+    rows: usize,
+    cols: usize,
+    boxes: usize,
+) -> Result<sys::CUtensorMap, CudaError> {
+    let [row, along] = [cols, STEP].map(|values| (values * size_of::<f16>()) as u64);
+    let sizes = [STEP, rows, cols / STEP].map(|size| size as u64);
+    map(pointer, sizes, [row, along], [STEP, rows, boxes])
+}
+
+/// An f16 tensor in boxes with 128-byte swizzle; strides are bytes, from the second dimension on.
+fn map<const RANK: usize, const STRIDES: usize>(
+    pointer: u64,
+    sizes: [u64; RANK],
+    strides: [u64; STRIDES],
+    boxes: [usize; RANK],
+) -> Result<sys::CUtensorMap, CudaError> {
+    check("strides of a tensor", STRIDES + 1, RANK)?;
     let mut map = sys::CUtensorMap { opaque: [0; 16] };
-    let sizes = [cols as u64, rows as u64];
-    let strides = [(cols * size_of::<f16>()) as u64];
-    let boxes = [STEP as u32, rows_box as u32];
-    let steps = [1, 1];
+    let boxes = boxes.map(|size| size as u32);
+    let steps = [1; RANK];
     // SAFETY: the arrays have as many elements as the rank asks for; the map is written only.
     unsafe {
         sys::cuTensorMapEncodeTiled(
             &mut map,
             sys::CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
-            2,
+            RANK as u32,
             pointer as *mut _,
             sizes.as_ptr(),
             strides.as_ptr(),

@@ -26,14 +26,22 @@ pub enum Bits {
     Four,
 }
 
+/// Which columns stand together, by the kernels that unpack them.
+#[repr(i32)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Order {
+    Runs,
+    /// Of Hopper's kernels.
+    Fragments,
+}
+
 /// A matrix `[rows, cols]` of 8 or 4 bits a value, with an f16 scale for every [`GROUP`] values of a
 /// row.
 #[derive(Debug)]
 pub struct Quantised {
     bits: Bits,
+    order: Order,
     values: Buffer<u8>,
-    /// `[cols / GROUP, rows]`.
-    scales: Buffer<f16>,
     rows: usize,
     cols: usize,
 }
@@ -49,18 +57,18 @@ pub(crate) fn quantise_kernels() -> Vec<(String, u32)> {
 struct QuantiseParameters {
     w: u64,
     q: u64,
-    scales: u64,
     m: i32,
     k: i32,
+    order: Order,
 }
 
 #[repr(C)]
 struct DequantiseParameters {
     q: u64,
-    scales: u64,
     w: u64,
     m: i32,
     k: i32,
+    order: Order,
 }
 
 #[repr(C)]
@@ -68,12 +76,12 @@ struct EmbedParameters {
     rows: u64,
     previous: u64,
     q: u64,
-    scales: u64,
     residual: u64,
     norm: u64,
     normed: u64,
     width: i32,
     vocab: i32,
+    order: Order,
     epsilon: f32,
 }
 
@@ -84,6 +92,17 @@ impl Bits {
             Self::Four => 4,
         }
     }
+
+    /// Columns of a unit: what eight rows have together (quantised.cuh).
+    pub(super) fn unit(self) -> usize {
+        GROUP
+    }
+
+    /// Bytes of a unit, with its scales.
+    pub(super) fn unit_bytes(self) -> usize {
+        let unit = self.unit();
+        unit * self.count() + unit / GROUP * 8 * size_of::<f16>()
+    }
 }
 
 impl Quantised {
@@ -92,14 +111,23 @@ impl Quantised {
         cols.is_multiple_of(GROUP) && rows.is_multiple_of(16)
     }
 
-    fn zeroed(gpu: &Arc<Gpu>, bits: Bits, rows: usize, cols: usize) -> Result<Self, CudaError> {
+    fn zeroed(
+        gpu: &Arc<Gpu>,
+        (bits, order): (Bits, Order),
+        rows: usize,
+        cols: usize,
+    ) -> Result<Self, CudaError> {
         if !Self::fits(rows, cols) {
             return Err(CudaError::Matrix { rows, cols });
         }
         Ok(Self {
             bits,
-            values: Buffer::zeroed(gpu, "weights", rows * cols * bits.count() / 8)?,
-            scales: Buffer::zeroed(gpu, "weights", rows * (cols / GROUP))?,
+            order,
+            values: Buffer::zeroed(
+                gpu,
+                "weights",
+                rows / 8 * (cols / bits.unit()) * bits.unit_bytes(),
+            )?,
             rows,
             cols,
         })
@@ -120,17 +148,16 @@ impl Quantised {
     }
 
     pub fn bytes(&self) -> u64 {
-        self.values.bytes() + self.scales.bytes()
+        self.values.bytes()
     }
 
-    /// As the kernels pack them.
+    pub fn order(&self) -> Order {
+        self.order
+    }
+
+    /// As the kernels pack them, with their scales.
     pub fn values(&self) -> Slice<'_, u8> {
         self.values.all()
-    }
-
-    /// `[cols / GROUP, rows]`.
-    pub fn scales(&self) -> Slice<'_, f16> {
-        self.scales.all()
     }
 }
 
@@ -142,13 +169,17 @@ impl Kernels {
         w: &Weights,
         bits: Bits,
     ) -> Result<Quantised, CudaError> {
-        let quantised = Quantised::zeroed(self.gpu(), bits, w.rows(), w.cols())?;
+        let order = match self.has_wgmma() {
+            true => Order::Fragments,
+            false => Order::Runs,
+        };
+        let quantised = Quantised::zeroed(self.gpu(), (bits, order), w.rows(), w.cols())?;
         let p = QuantiseParameters {
             w: w.values().pointer(),
             q: quantised.values.all().pointer(),
-            scales: quantised.scales.all().pointer(),
             m: w.rows() as i32,
             k: w.cols() as i32,
+            order,
         };
         let warps = w.rows() * (w.cols() / GROUP);
         let shape = Shape {
@@ -174,10 +205,10 @@ impl Kernels {
         check("columns of a matrix", to.cols(), w.cols)?;
         let p = DequantiseParameters {
             q: w.values.all().pointer(),
-            scales: w.scales.all().pointer(),
             w: to.values().pointer(),
             m: w.rows as i32,
             k: w.cols as i32,
+            order: w.order,
         };
         let pieces = w.rows * w.cols / 8;
         let shape = Shape {
@@ -215,12 +246,12 @@ impl Kernels {
             rows: rows.pointer(),
             previous: previous.pointer(),
             q: table.values.all().pointer(),
-            scales: table.scales.all().pointer(),
             residual: residual.at_least("residual", rows.len() * width)?,
             norm: norm.at_least("weights of a norm", width)?,
             normed: normed.at_least("output of a norm", rows.len() * width)?,
             width: width as i32,
             vocab: table.rows as i32,
+            order: table.order,
             epsilon,
         };
         let shape = Shape {

@@ -1,95 +1,55 @@
-//! Products with weights of 8 or 4 bits: streamed past few rows (skinny_q.cu), multiplied in tiles with
-//! many (tiled_q.cu).
+//! Products with weights of 8 or 4 bits: streamed past few rows (thin.cuh on Hopper, else skinny_q.cu),
+//! multiplied in tiles with many (wide.cuh, else tiled_q.cu).
 #![allow(unsafe_code)]
 
+use cudarc::driver::sys;
 use half::f16;
 
 use super::{
     error::CudaError,
-    few::{self, FewIn, FewOut},
+    few::{self, FewIn, FewOut, FewTile, Matrix},
     launch::{Kernels, Shape},
-    many::{self, ManyOut, Placed},
+    many::{self, ManyOut, ManyShape, Placed, STEP, WideParameters},
     memory::Slice,
     quantised::{Bits, Quantised},
     stream::Stream,
+    thin,
 };
 use crate::error::check;
 
 /// Parts that a product's sums are made in, at most.
 const MOST_PARTS: usize = 8;
 
-/// How a product of few rows is cut: tiles of 16 outputs of a block of threads.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct QuantisedTile {
-    pub tiles: u32,
-}
-
-/// Warps of a block that streams weights, which split k.
-const WARPS: u32 = 8;
-
-/// Cuts of products of few rows that are compiled: (tiles of outputs, groups of 8 rows).
-const CUTS: &[(u32, u32)] = &[(1, 1), (2, 1), (1, 2)];
-
 /// Most rows that streamed products take.
 pub const FEW_ROWS_QUANTISED: usize = 16;
 
-/// Outputs of a tile of a product of many rows.
-const TILE_OUTPUTS: usize = 64;
+const BOTH: [Bits; 2] = [Bits::Eight, Bits::Four];
 
-/// Bytes of shared memory of a tile of so many rows (tiled_q.cu).
-fn tiled_shared(rows: usize, bits: usize, capability: u32) -> u32 {
-    let values = |count: usize| count * many::STEP * size_of::<f16>();
-    let packed = TILE_OUTPUTS * many::STEP * bits / 8;
-    let scales = TILE_OUTPUTS * size_of::<f16>();
-    let bytes = match capability >= 80 {
-        true => 2 * values(TILE_OUTPUTS) + 4 * (values(rows) + packed + scales),
-        false => 2 * (values(TILE_OUTPUTS) + values(rows)),
-    };
-    bytes as u32
-}
+/// Cuts of products of few rows that are compiled before Hopper: (tiles of 16 outputs, groups of 8
+/// rows).
+const CUTS: &[(u32, u32)] = &[(1, 1), (2, 1), (1, 2)];
+/// Warps of a block that streams weights, which split k.
+const WARPS: u32 = 8;
 
-pub(crate) fn few_kernels() -> Vec<(String, u32)> {
-    let mut names = Vec::new();
-    for bits in [8, 4] {
-        for operation in few::OPERATIONS {
-            for &(tiles, groups) in CUTS {
-                names.push((few_name(bits, operation, tiles, groups), 0));
-            }
-        }
-    }
-    names
-}
+/// Values along k of a step of a product of many rows.
+const ALONG: usize = 128;
+/// Rows and outputs of its tiles before Hopper, and their shared memory: two steps of rows.
+const TILE_ROWS: usize = 64;
+const TILE_OUTPUTS: usize = 128;
+const TILE_SHARED: u32 = (2 * TILE_ROWS * ALONG * size_of::<f16>()) as u32;
+/// Rows of its tiles on Hopper.
+const WIDE_ROWS: [usize; 5] = [32, 64, 96, 128, 192];
 
-fn few_name(bits: usize, operation: &str, tiles: u32, groups: u32) -> String {
-    format!("skinny{bits}_{operation}_w{WARPS}_m{tiles}_n{groups}")
-}
-
-pub(crate) fn tiled_kernels(capability: u32) -> Vec<(String, u32)> {
-    let mut names = Vec::new();
-    for bits in [8, 4] {
-        for operation in ["f16", "f32", "gate_up"] {
-            for rows in [64, 128] {
-                names.push((
-                    format!("tiled{bits}_{operation}_{rows}"),
-                    tiled_shared(rows, bits, capability),
-                ));
-            }
-        }
-    }
-    names
-}
-
-#[repr(C)]
-struct FewParameters {
-    w: u64,
-    scales: u64,
-    common: few::Parameters,
+/// How a product of many rows is cut: tiles of `rows` x 128 outputs, and parts of k.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct TiledShape {
+    pub rows: usize,
+    pub parts: usize,
 }
 
 #[repr(C)]
 struct TiledParameters {
     w: u64,
-    scales: u64,
     x: u64,
     out: u64,
     sums: u64,
@@ -99,40 +59,103 @@ struct TiledParameters {
     steps: i32,
 }
 
-/// How a product of many rows is cut: tiles of `rows` x 64 outputs, and parts of k.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct TiledShape {
-    pub rows: usize,
-    pub parts: usize,
+pub(crate) fn thin_kernels() -> Vec<(String, u32)> {
+    BOTH.into_iter()
+        .flat_map(|bits| thin::kernels(Some(bits)))
+        .collect()
 }
 
-impl Quantised {
-    /// All cuts that [`Kernels::few_quantised`] can be asked for with so many rows.
-    pub fn few_tiles(rows: usize) -> Vec<QuantisedTile> {
-        let groups = few::groups(rows);
-        CUTS.iter()
-            .filter(|cut| cut.1 == groups)
-            .map(|&(tiles, _)| QuantisedTile { tiles })
-            .collect()
-    }
-
-    /// The cut that is fastest on the whole, as measured (docs/kernels.md).
-    fn best_tile(&self, out: &FewOut, rows: usize) -> QuantisedTile {
-        let wide = matches!(
-            (self.bits(), out),
-            (Bits::Eight, FewOut::Residual { .. })
-                | (
-                    Bits::Four,
-                    FewOut::F16(_) | FewOut::GateUp(_) | FewOut::Logits { .. }
-                )
-        );
-        QuantisedTile {
-            tiles: if wide && few::groups(rows) == 1 { 2 } else { 1 },
+pub(crate) fn skinny_kernels() -> Vec<(String, u32)> {
+    let mut names = Vec::new();
+    for bits in BOTH {
+        for operation in few::OPERATIONS {
+            for &(tiles, groups) in CUTS {
+                names.push((few_name(bits, operation, tiles, groups), 0));
+            }
         }
+    }
+    names
+}
+
+pub(super) fn few_name(bits: Bits, operation: &str, tiles: u32, groups: u32) -> String {
+    let bits = bits.count();
+    format!("skinny{bits}_{operation}_w{WARPS}_m{tiles}_n{groups}")
+}
+
+pub(crate) fn wide_kernels() -> Vec<(String, u32)> {
+    let mut names = Vec::new();
+    for bits in BOTH {
+        for operation in ["f32", "gate_up"] {
+            for rows in WIDE_ROWS {
+                let shared = many::stages(wide_stage(bits, rows)).1;
+                names.push((wide_name(bits, operation, rows), shared));
+            }
+        }
+    }
+    names
+}
+
+fn wide_name(bits: Bits, operation: &str, rows: usize) -> String {
+    format!("wide{}_{operation}_{rows}", bits.count())
+}
+
+/// Bytes of a stage: weights of [`ALONG`] values along k, made a multiple of 1024, and rows.
+fn wide_stage(bits: Bits, rows: usize) -> usize {
+    let weights = ALONG / bits.unit() * many::FIRST / 8 * bits.unit_bytes();
+    weights.next_multiple_of(1024) + rows * ALONG * size_of::<f16>()
+}
+
+pub(crate) fn tiled_kernels() -> Vec<(String, u32)> {
+    let mut names = Vec::new();
+    for bits in BOTH {
+        for operation in ["f16", "f32", "gate_up"] {
+            names.push((format!("tiled{}_{operation}", bits.count()), TILE_SHARED));
+        }
+    }
+    names
+}
+
+/// The cut before Hopper that is fastest on the whole, as measured (docs/kernels.md).
+pub(super) fn skinny_tile(bits: Bits, out: &FewOut, rows: usize) -> FewTile {
+    let wide = matches!(
+        (bits, out),
+        (Bits::Eight, FewOut::Residual { .. })
+            | (
+                Bits::Four,
+                FewOut::F16(_) | FewOut::GateUp(_) | FewOut::Logits { .. }
+            )
+    );
+    FewTile::Skinny {
+        warps: WARPS,
+        tiles: if wide && few::groups(rows) == 1 { 2 } else { 1 },
+    }
+}
+
+/// Blocks of a multiprocessor, as measured: 4 bits do better with fewer, that let the next kernel begin.
+pub(super) fn skinny_blocks(bits: Bits, rows: usize) -> u32 {
+    match (bits, few::groups(rows)) {
+        (Bits::Eight, 1) => 3,
+        _ => 2,
     }
 }
 
 impl Kernels {
+    /// All cuts that [`Kernels::few_quantised`] can be asked for with so many rows.
+    pub fn few_tiles_quantised(&self, out: &FewOut, rows: usize) -> Vec<FewTile> {
+        if self.has_wgmma() {
+            let sizes = thin::sizes(out.operation(), true).into_iter();
+            return sizes.map(|outputs| FewTile::Thin { outputs }).collect();
+        }
+        let groups = few::groups(rows);
+        CUTS.iter()
+            .filter(|cut| cut.1 == groups)
+            .map(|&(tiles, _)| FewTile::Skinny {
+                warps: WARPS,
+                tiles,
+            })
+            .collect()
+    }
+
     /// [`Kernels::few`] with quantised weights.
     pub fn few_quantised(
         &self,
@@ -141,68 +164,58 @@ impl Kernels {
         input: FewIn,
         w: &Quantised,
         out: FewOut,
-        tile: Option<QuantisedTile>,
+        tile: Option<FewTile>,
     ) -> Result<usize, CudaError> {
         if rows > FEW_ROWS_QUANTISED {
             check("rows of a product of few", rows, FEW_ROWS_QUANTISED)?;
         }
-        let (m, k) = (w.rows(), w.cols());
-        let tile = tile.unwrap_or_else(|| w.best_tile(&out, rows));
-        let parts = m.div_ceil(16 * tile.tiles as usize);
-        let p = FewParameters {
-            w: w.values().pointer(),
-            scales: w.scales().pointer(),
-            common: few::Parameters::new(rows, (m, k), &input, &out, parts)?,
-        };
-        let name = few_name(
-            w.bits().count(),
-            out.operation(),
-            tile.tiles,
-            few::groups(rows),
-        );
-        let kernel = self.kernel(&name)?;
-        let threads = 32 * WARPS;
-        // Blocks of a multiprocessor, as measured: 4 bits do better with fewer, that let the next
-        // kernel begin.
-        let blocks = match (w.bits(), few::groups(rows)) {
-            (Bits::Eight, 1) => 3,
-            _ => 2,
-        };
-        let shape = Shape {
-            grid: [
-                (parts as u32).min(blocks * self.gpu().processors()),
-                u32::from(rows > 0),
-                1,
-            ],
-            threads,
-            shared: 0,
-            early: true,
-        };
-        // SAFETY: the sizes of all that the kernel reads and writes were checked above; a
-        // `Quantised` has whole groups, and at least 16 rows as the `Weights` it was made from.
-        unsafe { self.launch(stream, kernel, shape, &p) }?;
-        // The highest logits are not looked for.
-        Ok(match out {
-            FewOut::Logits { .. } => 0,
-            _ => parts,
-        })
+        self.few_of(stream, rows, input, &Matrix::Quantised(w), out, tile)
     }
 
     /// How [`Kernels::many_quantised`] cuts a product. `sums`: its output is [`ManyOut::Sums`], the
     /// only one that can have parts.
-    pub fn tiled_shape(&self, m: usize, k: usize, n: usize, sums: bool) -> TiledShape {
-        let rows = if n <= 64 { 64 } else { 128 };
-        let tiles = m.div_ceil(TILE_OUTPUTS) * n.div_ceil(rows);
+    pub fn tiled_shape(
+        &self,
+        (m, k): (usize, usize),
+        bits: Bits,
+        n: usize,
+        sums: bool,
+    ) -> TiledShape {
+        let processors = self.gpu().processors() as usize;
         let most = match sums {
-            true => MOST_PARTS.min(k.div_ceil(4 * many::STEP)),
+            true => MOST_PARTS.min(k.div_ceil(4 * STEP)),
             false => 1,
         };
-        let wanted = 2 * self.gpu().processors() as usize / tiles.max(1);
-        let (parts, _) = many::ManyShape::split(k, wanted.clamp(1, most));
-        TiledShape { rows, parts }
+        if !self.has_wgmma() {
+            let tiles = m.div_ceil(TILE_OUTPUTS) * n.div_ceil(TILE_ROWS);
+            let wanted = 2 * processors / tiles.max(1);
+            let (parts, _) = many::split(k, wanted.clamp(1, most), ALONG);
+            let rows = TILE_ROWS;
+            return TiledShape { rows, parts };
+        }
+        let mut best = TiledShape {
+            rows: WIDE_ROWS[0],
+            parts: 1,
+        };
+        let mut least = f64::INFINITY;
+        for rows in WIDE_ROWS {
+            for parts in 1..=most {
+                let (parts, _) = many::split(k, parts, ALONG);
+                let shape = ManyShape {
+                    rows_first: false,
+                    columns: rows,
+                    parts,
+                };
+                let cost = shape.cost((m, k, n), bits.count(), processors, sums);
+                if cost < least {
+                    (best, least) = (TiledShape { rows, parts }, cost);
+                }
+            }
+        }
+        best
     }
 
-    /// [`Kernels::many`] with quantised weights.
+    /// [`Kernels::many`] with quantised weights. On Hopper there is no [`ManyOut::F16`].
     pub fn many_quantised(
         &self,
         stream: &Stream,
@@ -212,16 +225,51 @@ impl Kernels {
         out: ManyOut,
         shape: TiledShape,
     ) -> Result<(), CudaError> {
-        let (m, k, n) = (w.rows(), w.cols(), rows);
+        let (m, k, n, bits) = (w.rows(), w.cols(), rows, w.bits());
         let Placed {
             halves,
             sums,
             steps,
-        } = out.placed(n, (m, k), shape.parts)?;
+        } = out.placed(n, (m, k), shape.parts, ALONG)?;
+        let x = x.at_least("input of a product", n * k)?;
+        if n == 0 {
+            return Ok(());
+        }
+        let tiles = [
+            m.div_ceil(TILE_OUTPUTS),
+            n.div_ceil(shape.rows),
+            shape.parts,
+        ];
+        if self.has_wgmma() {
+            let (stages, shared) = many::stages(wide_stage(bits, shape.rows));
+            let p = WideParameters {
+                a: sys::CUtensorMap { opaque: [0; 16] },
+                b: many::tensor_map(x, n, k, shape.rows)?,
+                packed: w.values().pointer(),
+                out: halves,
+                sums,
+                m: m as i32,
+                k: k as i32,
+                n: n as i32,
+                parts: shape.parts as i32,
+                steps: steps as i32,
+                stages: stages as i32,
+            };
+            let blocks = tiles.iter().product::<usize>() as u32;
+            let launch = Shape {
+                grid: [blocks.min(self.gpu().processors()), 1, 1],
+                threads: 288,
+                shared,
+                early: true,
+            };
+            let kernel = self.kernel(&wide_name(bits, out.operation(), shape.rows))?;
+            // SAFETY: the sizes of all that the kernel reads and writes were checked above; a
+            // `Quantised` has whole units, and the kernel checks rows and outputs itself.
+            return unsafe { self.launch(stream, kernel, launch, &p) };
+        }
         let p = TiledParameters {
             w: w.values().pointer(),
-            scales: w.scales().pointer(),
-            x: x.at_least("input of a product", n * k)?,
+            x,
             out: halves,
             sums,
             m: m as i32,
@@ -229,19 +277,14 @@ impl Kernels {
             n: n as i32,
             steps: steps as i32,
         };
-        let (bits, tile) = (w.bits().count(), shape.rows);
         let launch = Shape {
-            grid: [
-                m.div_ceil(TILE_OUTPUTS) as u32,
-                n.div_ceil(tile) as u32,
-                shape.parts as u32,
-            ],
+            grid: tiles.map(|count| count as u32),
             threads: 128,
-            shared: tiled_shared(tile, bits, self.gpu().capability()),
+            shared: TILE_SHARED,
             early: true,
         };
-        let name = format!("tiled{bits}_{}_{tile}", out.operation());
-        // SAFETY: as in `few_quantised`; the kernel checks rows and outputs against n and m itself.
-        unsafe { self.launch(stream, self.kernel(&name)?, launch, &p) }
+        let kernel = self.kernel(&format!("tiled{}_{}", bits.count(), out.operation()))?;
+        // SAFETY: as above.
+        unsafe { self.launch(stream, kernel, launch, &p) }
     }
 }

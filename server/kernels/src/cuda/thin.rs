@@ -1,4 +1,4 @@
-//! Products of few rows on Hopper: weights stream through shared memory (thin.cu).
+//! Products of few rows on Hopper: weights stream through shared memory (thin.cuh).
 #![allow(unsafe_code)]
 
 use cudarc::driver::sys;
@@ -6,11 +6,11 @@ use half::f16;
 
 use super::{
     error::CudaError,
-    few::{FewOut, Parameters},
+    few::{FewOut, Matrix, Parameters},
     launch::{Kernels, Shape},
-    many::{STEP, tensor_map},
+    many::{STEP, boxes_map, tensor_map},
+    quantised::Bits,
     stream::Stream,
-    weights::Weights,
 };
 
 /// Most rows that this form takes: those of one matrix instruction.
@@ -19,11 +19,14 @@ pub(super) const THIN_ROWS: usize = 16;
 /// Bytes of shared memory of a block of threads: nearly all that a multiprocessor has. The more there
 /// is under way, the better is memory used.
 const SHARED: usize = 214 << 10;
+/// The same with 4 bits, whose kernels are done sooner if less is under way and so comes in the order
+/// in which it is multiplied, by rows (docs/kernels.md).
+const SHARED_FOUR: [(usize, usize); 2] = [(4, 80 << 10), (8, 100 << 10)];
 /// Stages, at most.
 const MOST_STAGES: usize = 32;
-/// Warps that multiply; one copies besides, and one works out the norm's scales.
-const WARPS: usize = 8;
-const THREADS: u32 = 32 * (WARPS as u32 + 2);
+/// Warps that multiply, with f16 and with quantised weights; one copies besides, and one works out the
+/// norm's scales.
+const WARPS: [usize; 2] = [8, 16];
 
 /// Outputs of a tile that are compiled, by operation.
 const SIZES: [(&str, &[usize]); 4] = [
@@ -32,47 +35,104 @@ const SIZES: [(&str, &[usize]); 4] = [
     ("gate_up", &[32, 64, 128]),
     ("head", &[128]),
 ];
+/// One that is for f16 alone: quantised weights would take too many registers.
+const HALVES_ONLY: usize = 48;
 
 #[repr(C)]
 struct ThinParameters {
     w: sys::CUtensorMap,
     x: sys::CUtensorMap,
+    packed: u64,
     common: Parameters,
-    box_rows: i32,
     stages: i32,
 }
 
-pub(crate) fn kernels() -> Vec<(String, u32)> {
-    SIZES
-        .iter()
-        .flat_map(|(operation, sizes)| sizes.iter().map(move |size| name(operation, *size)))
-        .map(|name| (name, SHARED as u32))
+/// Kernels for f16, or for weights of so many bits.
+pub(crate) fn kernels(bits: Option<Bits>) -> Vec<(String, u32)> {
+    let operations = SIZES.map(|(operation, _)| operation).into_iter();
+    operations
+        .flat_map(|operation| {
+            let sizes = sizes(operation, bits.is_some()).into_iter();
+            sizes.map(move |size| (name(bits, operation, size), SHARED as u32))
+        })
         .collect()
 }
 
-fn name(operation: &str, outputs: usize) -> String {
-    format!("thin_{operation}_{outputs}")
+fn name(bits: Option<Bits>, operation: &str, outputs: usize) -> String {
+    let bits = bits.map_or(String::new(), |bits| bits.count().to_string());
+    format!("thin{bits}_{operation}_{outputs}")
 }
 
-/// Tiles that are compiled for a kind of output.
-pub(super) fn sizes(out: &FewOut) -> &'static [usize] {
-    let wanted = out.operation();
-    SIZES
+/// Bytes of shared memory of a block that multiplies so many rows.
+fn shared(w: &Matrix, rows: usize) -> usize {
+    let four = matches!(w, Matrix::Quantised(w) if w.bits() == Bits::Four);
+    SHARED_FOUR
         .iter()
-        .find(|(operation, _)| *operation == wanted)
-        .map_or(&[], |(_, sizes)| sizes)
+        .find(|(most, _)| four && rows <= *most)
+        .map_or(SHARED, |&(_, bytes)| bytes)
+}
+
+/// What a stage has.
+struct Stage {
+    /// Boxes of rows' values, [`STEP`] of each row.
+    boxes: usize,
+    /// Parts of k, that warps share out.
+    parts: usize,
+    bytes: usize,
+}
+
+impl Stage {
+    fn of(w: &Matrix, outputs: usize, rows: usize) -> Self {
+        let (boxes, parts, weights) = match w {
+            Matrix::Halves(_) => {
+                let boxes = match outputs {
+                    0..=48 => 4,
+                    49..=64 => 2,
+                    _ => 1,
+                };
+                let weights = boxes * outputs * STEP * size_of::<f16>();
+                (boxes, (boxes * STEP / 16).min(WARPS[0]), weights)
+            }
+            Matrix::Quantised(w) => {
+                let parts = match outputs {
+                    0..=48 => WARPS[1],
+                    49..=64 => WARPS[1] / 2,
+                    _ => WARPS[1] / 4,
+                };
+                // Two warps share the columns of a unit.
+                let (bits, along) = (w.bits(), parts / 2);
+                let weights = along * outputs / 8 * bits.unit_bytes();
+                (along * bits.unit() / STEP, parts, weights)
+            }
+        };
+        let rows = boxes * rows * STEP * size_of::<f16>();
+        Self {
+            boxes,
+            parts,
+            bytes: rows.next_multiple_of(1024) + weights.next_multiple_of(1024),
+        }
+    }
+}
+
+/// Tiles that are compiled for an operation.
+pub(super) fn sizes(operation: &str, quantised: bool) -> Vec<usize> {
+    let of_operation = SIZES.iter().filter(|(name, _)| *name == operation);
+    of_operation
+        .flat_map(|(_, sizes)| sizes.iter().copied())
+        .filter(|&size| !quantised || size != HALVES_ONLY)
+        .collect()
 }
 
 /// The tile that keeps the processors busy for the least time. Of the short products that add to the
 /// residual a quarter of the processors is left to the next kernel, whose weights come the sooner.
-pub(super) fn best(out: &FewOut, outputs: usize, processors: usize) -> usize {
+pub(super) fn best(out: &FewOut, w: &Matrix, processors: usize) -> usize {
+    let outputs = w.size().0;
     let processors = match out {
         FewOut::Residual { .. } => (processors * 3 / 4).max(1),
         _ => processors,
     };
-    sizes(out)
-        .iter()
-        .copied()
+    sizes(out.operation(), matches!(w, Matrix::Quantised(_)))
+        .into_iter()
         .min_by_key(|&size| {
             let rounds = outputs.div_ceil(size).div_ceil(processors);
             // Of equals the one with fewer rounds.
@@ -85,42 +145,43 @@ pub(super) fn best(out: &FewOut, outputs: usize, processors: usize) -> usize {
 pub(super) fn launch(
     kernels: &Kernels,
     stream: &Stream,
-    w: &Weights,
+    w: &Matrix,
     common: Parameters,
     operation: &str,
     outputs: usize,
 ) -> Result<(), CudaError> {
-    let (m, k, n) = (w.rows(), w.cols(), common.n as usize);
+    let ((m, k), n) = (w.size(), common.n as usize);
     if n == 0 {
         return Ok(());
     }
-    let box_rows = n.next_multiple_of(8);
-    let boxes = match outputs {
-        0..=48 => 4,
-        49..=64 => 2,
-        _ => 1,
-    };
     // Barriers, the warps' sums, and what it takes to begin at a multiple of 1024.
     let pitch = (outputs + 23) / 32 * 32 + 8;
-    let parts = (boxes * STEP / 16).min(WARPS);
-    let before = 16 * MOST_STAGES + parts * box_rows * pitch * size_of::<f32>() + 1024;
-    let stage = boxes * (outputs + box_rows) * STEP * size_of::<f16>();
-    let stages = ((SHARED - before) / stage).min(MOST_STAGES);
+    let stage = Stage::of(w, outputs, n);
+    let before = 16 * MOST_STAGES + stage.parts * n * pitch * size_of::<f32>() + 1024;
+    let shared = shared(w, n);
+    let stages = ((shared - before) / stage.bytes).min(MOST_STAGES);
+    let (map, packed, bits) = match w {
+        Matrix::Halves(w) => (tensor_map(w.values().pointer(), m, k, outputs)?, 0, None),
+        Matrix::Quantised(w) => {
+            let none = sys::CUtensorMap { opaque: [0; 16] };
+            (none, w.values().pointer(), Some(w.bits()))
+        }
+    };
     let p = ThinParameters {
-        w: tensor_map(w.values().pointer(), m, k, outputs)?,
-        x: tensor_map(common.x, n, k, box_rows)?,
+        w: map,
+        x: boxes_map(common.x, n, k, stage.boxes)?,
+        packed,
         common,
-        box_rows: box_rows as i32,
         stages: stages as i32,
     };
     let tiles = m.div_ceil(outputs) as u32;
     let shape = Shape {
         grid: [tiles.min(kernels.gpu().processors()), 1, 1],
-        threads: THREADS,
-        shared: SHARED as u32,
+        threads: 32 * (WARPS[usize::from(bits.is_some())] as u32 + 2),
+        shared: shared as u32,
         early: true,
     };
-    let kernel = kernels.kernel(&name(operation, outputs))?;
+    let kernel = kernels.kernel(&name(bits, operation, outputs))?;
     // SAFETY: the caller has checked the sizes of all that the kernel reads and writes; the maps end
     // where the matrices do, and the stages fit into the shared memory that is asked for.
     unsafe { kernels.launch(stream, kernel, shape, &p) }

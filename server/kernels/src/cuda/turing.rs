@@ -124,7 +124,7 @@ fn compiled(elf: &[u8]) -> Vec<Compiled> {
 /// The largest dynamic shared memory of each kernel that has any.
 fn dynamic_shared() -> Vec<(String, u32)> {
     let mut all = many::tiled_kernels(75);
-    all.extend(quantised_products::tiled_kernels(75));
+    all.extend(quantised_products::tiled_kernels());
     all.extend(attention::decode_kernels());
     all.extend(attention::prefill_kernels(75));
     all

@@ -3,7 +3,10 @@
 use half::f16;
 use stoker_kernels::{
     AttentionShape, Norm, add_bias,
-    cuda::{Bits, FewIn, FewOut, GROUP, Heads, Kernels, ManyOut, Quantised, Squares, StepRow},
+    cuda::{
+        Bits, FewIn, FewOut, FewTile, GROUP, Heads, Kernels, ManyOut, Order, Quantised, Squares,
+        StepRow,
+    },
     norm_heads,
 };
 
@@ -15,7 +18,7 @@ use crate::{
 const BOTH: [Bits; 2] = [Bits::Eight, Bits::Four];
 
 /// What `quantise` makes of a matrix: whole numbers (offset), `[rows, cols]`, and scales,
-/// `[cols / GROUP, rows]`.
+/// `[rows, cols / GROUP]`.
 struct Expected {
     q: Vec<u8>,
     scales: Vec<f16>,
@@ -25,15 +28,14 @@ struct Expected {
     halves: Vec<f32>,
 }
 
-fn quantise(w: &[f32], rows: usize, cols: usize, bits: Bits) -> Expected {
-    let groups = cols / GROUP;
+fn quantise(w: &[f32], bits: Bits) -> Expected {
     let mut expected = Expected {
         q: Vec::new(),
-        scales: vec![f16::ZERO; rows * groups],
+        scales: Vec::new(),
         values: Vec::new(),
         halves: Vec::new(),
     };
-    for (i, group) in w.chunks_exact(GROUP).enumerate() {
+    for group in w.chunks_exact(GROUP) {
         // Of equal magnitudes the positive one.
         let most = group
             .iter()
@@ -47,7 +49,7 @@ fn quantise(w: &[f32], rows: usize, cols: usize, bits: Bits) -> Expected {
             Bits::Four => (most / -8.0, -8.0, 7.0, 8.0),
         };
         let scale = f16::from_f32(scale);
-        expected.scales[i % groups * rows + i / groups] = scale;
+        expected.scales.push(scale);
         let by = scale.to_f32();
         for v in group {
             let steps = match by {
@@ -62,28 +64,38 @@ fn quantise(w: &[f32], rows: usize, cols: usize, bits: Bits) -> Expected {
     expected
 }
 
-/// The numbers of a packed matrix, as quantised.cuh lays them out.
-fn unpack(packed: &[u8], rows: usize, cols: usize, bits: Bits) -> Vec<u8> {
-    let bytes = match bits {
-        Bits::Eight => GROUP,
-        Bits::Four => GROUP / 2,
+/// The numbers and scales of a packed matrix, as quantised.cuh lays them out.
+fn unpack(w: &Quantised) -> (Vec<u8>, Vec<f16>) {
+    let packed = w.values().read().unwrap();
+    let values = match w.bits() {
+        Bits::Eight => 8 * GROUP,
+        Bits::Four => 4 * GROUP,
     };
-    let groups = cols / GROUP;
-    let mut q = Vec::new();
-    for (row, col) in (0..rows).flat_map(|row| (0..cols).map(move |col| (row, col))) {
-        let first = ((row / 16 * groups + col / GROUP) * 16 + row % 16) * bytes;
-        let group = &packed[first..first + bytes];
-        let (piece, at) = (col % GROUP / 8, col % 8);
-        let (t, j) = (piece % 4, piece / 4);
-        q.push(match bits {
-            Bits::Eight => group[j / 2 * 64 + t * 16 + j % 2 * 8 + at],
+    let unit_bytes = values + 8 * 2;
+    let (mut q, mut scales) = (Vec::new(), Vec::new());
+    for (row, col) in (0..w.rows()).flat_map(|row| (0..w.cols()).map(move |col| (row, col))) {
+        let unit = &packed[(col / GROUP * (w.rows() / 8) + row / 8) * unit_bytes..][..unit_bytes];
+        if col % GROUP == 0 {
+            let scale = &unit[values + row % 8 * 2..];
+            scales.push(f16::from_le_bytes([scale[0], scale[1]]));
+        }
+        let (piece, at) = (col % GROUP / 32, col % 32);
+        // Which of the four lanes of a row, and which value of its piece.
+        let (t, i) = match w.order() {
+            Order::Runs => (at / 8, at % 8),
+            Order::Fragments => (at % 8 / 2, at / 8 * 2 + at % 2),
+        };
+        let lane = row % 8 * 4 + t;
+        q.push(match w.bits() {
+            Bits::Eight => unit[piece / 2 * 512 + lane * 16 + piece % 2 * 8 + i],
             Bits::Four => {
-                let nibble = at / 2 + at % 2 * 4;
-                group[t * 16 + j * 4 + nibble / 2] >> (nibble % 2 * 4) & 15
+                let nibble = i / 2 + i % 2 * 4;
+                unit[piece / 2 * 256 + lane * 8 + piece % 2 * 4 + nibble / 2] >> (nibble % 2 * 4)
+                    & 15
             }
         });
     }
-    q
+    (q, scales)
 }
 
 /// Random weights of a size that models have, a few groups of them zeros or far larger.
@@ -114,10 +126,10 @@ fn weights_become_numbers_and_scales_and_f16_again() {
     for (rows, cols) in [(16, 128), (208, 384), (48, 3072)] {
         let w = weights(&mut random, rows, cols);
         for bits in BOTH {
-            let expected = quantise(&floats(&w), rows, cols, bits);
+            let expected = quantise(&floats(&w), bits);
             let found = quantised(&d, rows, cols, &w, bits);
-            assert_eq!(found.scales().read().unwrap(), expected.scales, "{bits:?}");
-            let q = unpack(&found.values().read().unwrap(), rows, cols, bits);
+            let (q, scales) = unpack(&found);
+            assert_eq!(scales, expected.scales, "{bits:?}");
             // A quotient that lies between two numbers may fall to either side.
             let other = q.iter().zip(&expected.q).filter(|(a, b)| a != b).count();
             assert!(
@@ -131,7 +143,7 @@ fn weights_become_numbers_and_scales_and_f16_again() {
                 .iter()
                 .enumerate()
                 .map(|(i, &q)| {
-                    let scale = expected.scales[i / GROUP % (cols / GROUP) * rows + i / cols];
+                    let scale = expected.scales[i / GROUP];
                     let offset = if bits == Bits::Eight { 128.0 } else { 8.0 };
                     f16::from_f32((f32::from(q) - offset) * scale.to_f32()).to_f32()
                 })
@@ -165,26 +177,29 @@ fn quantised_products_of_few_rows() {
     ] {
         let w = weights(&mut random, m, k);
         for bits in BOTH {
-            let expected = quantise(&floats(&w), m, k, bits).values;
+            let expected = quantise(&floats(&w), bits);
+            // On Hopper products are scaled after they are summed up, not the weights.
+            let expected = match d.kernels.has_wgmma() {
+                true => expected.values,
+                false => expected.halves,
+            };
             let w = quantised(&d, m, k, &w, bits);
             for rows in [1, 3, 8, 9, 16] {
                 let x_halves = random.halves(rows * k);
                 let sums = product(&floats(&x_halves), &expected, rows, m, k);
                 let x = d.buffer(&x_halves);
-                for tile in Quantised::few_tiles(rows) {
-                    let what = format!("{bits:?}: {rows} x {k} to {m}, {tile:?}");
-                    let run = |input: FewIn, out: FewOut| {
-                        d.kernels
-                            .few_quantised(&d.stream, rows, input, &w, out, Some(tile))
-                            .unwrap()
-                    };
-                    let plain = FewIn {
-                        x: x.all(),
-                        squares: None,
-                        epsilon: 1e-5,
-                    };
-                    few(&d, &mut errors, &what, (rows, m, k), &sums, plain, &run);
-                }
+                let plain = FewIn {
+                    x: x.all(),
+                    squares: None,
+                    epsilon: 1e-5,
+                };
+                let what = format!("{bits:?}: {rows} x {k} to {m}");
+                let run = |input: FewIn, out: FewOut, tile| {
+                    d.kernels
+                        .few_quantised(&d.stream, rows, input, &w, out, tile)
+                        .unwrap()
+                };
+                few(&d, &mut errors, &what, (rows, m, k), &sums, plain, &run);
             }
         }
     }
@@ -199,14 +214,32 @@ fn few(
     (rows, m, k): (usize, usize, usize),
     expected: &[f32],
     plain: FewIn,
-    run: &dyn Fn(FewIn, FewOut) -> usize,
+    run: &dyn Fn(FewIn, FewOut, Option<FewTile>) -> usize,
 ) {
     let mut random = Random((rows * m * k) as u64);
     let size = size(k) / 10.0;
+    let tiles = |out: &FewOut| d.kernels.few_tiles_quantised(out, rows);
     let out = d.poisoned_f32(rows * m);
-    run(plain, FewOut::F32(out.all()));
-    let found = out.all().read().unwrap();
-    errors.compare(&format!("{what} f32"), &found, expected, size, 1e-4);
+    for tile in tiles(&FewOut::F32(out.all())) {
+        let best = d.buffer(&vec![0u64; rows * Kernels::few_best_parts(m)]);
+        let to = FewOut::Logits {
+            logits: out.all(),
+            best: best.all(),
+        };
+        let parts = run(plain, to, Some(tile));
+        let found = out.all().read().unwrap();
+        errors.compare(&format!("{what} f32"), &found, expected, size, 1e-4);
+        let best = best.all().read().unwrap();
+        for (row, best) in best.chunks_exact(parts.max(1)).take(rows).enumerate() {
+            let highest = found[row * m..(row + 1) * m]
+                .iter()
+                .copied()
+                .fold(f32::NEG_INFINITY, f32::max);
+            let id = !best.iter().max().copied().unwrap() as u32 as usize;
+            assert!(parts == 0 || found[row * m + id] == highest, "{what}");
+        }
+        out.all().write(&vec![f32::NAN; rows * m]).unwrap();
+    }
 
     let parts = 5;
     let squares: Vec<f32> = random
@@ -231,53 +264,72 @@ fn few(
         ..plain
     };
     let out = d.poisoned(rows * m);
-    run(normed, FewOut::F16(out.all()));
-    let found = floats(&out.all().read().unwrap());
-    errors.compare(&format!("{what} f16"), &found, &scaled, size, 2e-3);
-    if m % 16 == 0 {
-        let out = d.poisoned(rows * m / 2);
-        run(normed, FewOut::GateUp(out.all()));
-        let gates: Vec<f32> = scaled
-            .chunks_exact(m)
-            .flat_map(|row| gated(row, m, 1.0))
-            .collect();
+    for tile in tiles(&FewOut::F16(out.all())) {
+        run(normed, FewOut::F16(out.all()), Some(tile));
         let found = floats(&out.all().read().unwrap());
-        errors.compare(&format!("{what} gate_up"), &found, &gates, size, 3e-3);
+        errors.compare(
+            &format!("{what} f16, {tile:?}"),
+            &found,
+            &scaled,
+            size,
+            2e-3,
+        );
+        out.all().write(&vec![f16::NAN; rows * m]).unwrap();
+    }
+    let out = d.poisoned(rows * m / 2);
+    let gates: Vec<f32> = scaled
+        .chunks_exact(m)
+        .flat_map(|row| gated(row, m, 1.0))
+        .collect();
+    for tile in tiles(&FewOut::GateUp(out.all())) {
+        run(normed, FewOut::GateUp(out.all()), Some(tile));
+        let found = floats(&out.all().read().unwrap());
+        errors.compare(
+            &format!("{what} gate_up, {tile:?}"),
+            &found,
+            &gates,
+            size,
+            3e-3,
+        );
+        out.all().write(&vec![f16::NAN; rows * m / 2]).unwrap();
     }
 
     let before = random.values(rows * m);
     let norm = random.values(m);
-    let (residual, next_norm) = (d.buffer(&before), d.buffer(&norm));
+    let next_norm = d.buffer(&norm);
     let next = d.poisoned(rows * m);
     let squares = d.poisoned_f32(rows * Kernels::few_square_parts(m));
-    let parts = run(
-        plain,
-        FewOut::Residual {
-            residual: residual.all(),
-            next_norm: next_norm.all(),
-            next: next.all(),
-            squares: squares.all(),
-        },
-    );
-    let after: Vec<f32> = before.iter().zip(expected).map(|(a, b)| a + b).collect();
-    let found = residual.all().read().unwrap();
-    errors.compare(&format!("{what} residual"), &found, &after, size, 1e-4);
-    let wanted: Vec<f32> = after
-        .iter()
-        .enumerate()
-        .map(|(i, v)| v * norm[i % m])
-        .collect();
-    let found = floats(&next.all().read().unwrap());
-    errors.compare(&format!("{what} next"), &found, &wanted, size, 2e-3);
-    let sums: Vec<f32> = squares.all().read().unwrap()[..rows * parts]
-        .chunks_exact(parts)
-        .map(|s| s.iter().sum())
-        .collect();
-    let wanted: Vec<f32> = after
-        .chunks_exact(m)
-        .map(|row| row.iter().map(|v| v * v).sum())
-        .collect();
-    errors.compare(&format!("{what} squares"), &sums, &wanted, 1.0, 1e-3);
+    let residual = d.buffer(&before);
+    let out = FewOut::Residual {
+        residual: residual.all(),
+        next_norm: next_norm.all(),
+        next: next.all(),
+        squares: squares.all(),
+    };
+    for tile in tiles(&out) {
+        let what = format!("{what} {tile:?}");
+        residual.all().write(&before).unwrap();
+        let parts = run(plain, out, Some(tile));
+        let after: Vec<f32> = before.iter().zip(expected).map(|(a, b)| a + b).collect();
+        let found = residual.all().read().unwrap();
+        errors.compare(&format!("{what} residual"), &found, &after, size, 1e-4);
+        let wanted: Vec<f32> = after
+            .iter()
+            .enumerate()
+            .map(|(i, v)| v * norm[i % m])
+            .collect();
+        let found = floats(&next.all().read().unwrap());
+        errors.compare(&format!("{what} next"), &found, &wanted, size, 2e-3);
+        let sums: Vec<f32> = squares.all().read().unwrap()[..rows * parts]
+            .chunks_exact(parts)
+            .map(|s| s.iter().sum())
+            .collect();
+        let wanted: Vec<f32> = after
+            .chunks_exact(m)
+            .map(|row| row.iter().map(|v| v * v).sum())
+            .collect();
+        errors.compare(&format!("{what} squares"), &sums, &wanted, 1.0, 1e-3);
+    }
 }
 
 #[test]
@@ -290,7 +342,7 @@ fn quantised_products_of_many_rows() {
     for (m, k) in [(208, 384), (320, 2048), (1056, 128)] {
         let w = weights(&mut random, m, k);
         for bits in BOTH {
-            let expected = quantise(&floats(&w), m, k, bits).halves;
+            let expected = quantise(&floats(&w), bits).halves;
             let w = quantised(&d, m, k, &w, bits);
             for rows in [1, 17, 33, 64, 65, 200] {
                 let x = random.halves(rows * k);
@@ -299,7 +351,7 @@ fn quantised_products_of_many_rows() {
                 let what = format!("{bits:?}: {rows} x {k} to {m}");
                 let size = size(k) / 10.0;
                 let run = |out: ManyOut, parts: bool| {
-                    let shape = d.kernels.tiled_shape(m, k, rows, parts);
+                    let shape = d.kernels.tiled_shape((m, k), bits, rows, parts);
                     d.kernels
                         .many_quantised(&d.stream, rows, x.all(), &w, out, shape)
                         .unwrap();
@@ -312,10 +364,12 @@ fn quantised_products_of_many_rows() {
                     .map(|i| (0..parts).map(|part| all[part * rows * m + i]).sum())
                     .collect();
                 errors.compare(&format!("{what} sums"), &found, &sums, size, 2e-4);
-                let out = d.poisoned(rows * m);
-                run(ManyOut::F16(out.all()), false);
-                let found = floats(&out.all().read().unwrap());
-                errors.compare(&format!("{what} f16"), &found, &sums, size, 2e-3);
+                if !d.kernels.has_wgmma() {
+                    let out = d.poisoned(rows * m);
+                    run(ManyOut::F16(out.all()), false);
+                    let found = floats(&out.all().read().unwrap());
+                    errors.compare(&format!("{what} f16"), &found, &sums, size, 2e-3);
+                }
                 let out = d.poisoned(rows * m / 2);
                 run(ManyOut::GateUp(out.all()), false);
                 let gates: Vec<f32> = sums
@@ -385,7 +439,7 @@ fn rows_of_a_quantised_embedding() {
     let w = weights(&mut random, vocab, width);
     let norm = random.values(width);
     for bits in BOTH {
-        let expected = quantise(&floats(&w), vocab, width, bits).halves;
+        let expected = quantise(&floats(&w), bits).halves;
         let table = quantised(&d, vocab, width, &w, bits);
         // Row 0 has groups of zeros; the last one is the token that slot 2 sampled.
         let tokens = [7, 299, 150, stoker_kernels::cuda::PREVIOUS | 2];

@@ -8,7 +8,7 @@ use stoker_engine::{
 };
 use stoker_model::{CudaExecutor, Dtype};
 
-use crate::{Bench, CONTEXT, Error, GREEDY, tune};
+use crate::{Bench, CONTEXT, Error, GREEDY};
 
 pub const BATCHES: [usize; 9] = [1, 2, 4, 8, 16, 32, 64, 128, 256];
 /// (batch, context)
@@ -115,17 +115,18 @@ pub fn run(bench: &Bench, batches: &[usize], more: &[(usize, usize)]) -> Result<
     Ok(runs)
 }
 
-/// Decoding with int8 and int4, and each run's speed against f16's.
-pub fn quantised(f16: &Bench, tuned: bool) -> Result<(Vec<Value>, Vec<Value>), Error> {
+/// Decoding with int8 and int4, and each run's speed against f16's. `more` is done with each type, too.
+pub fn quantised(
+    f16: &Bench,
+    more: &dyn Fn(&Bench) -> Result<(), Error>,
+) -> Result<(Vec<Value>, Vec<Value>), Error> {
     let rate = |run: &Value| run["tok_s"].as_f64().unwrap_or(0.0);
     let base = run(f16, &COMPARED, &[])?;
     let (mut runs, mut ratios) = (Vec::new(), Vec::new());
     for dtype in [Dtype::Int8, Dtype::Int4] {
         let bench = f16.with(dtype)?;
         println!("weights: {:.3} GB", bench.weights.bytes() as f64 / 1e9);
-        if tuned {
-            tune::quantised(&bench)?;
-        }
+        more(&bench)?;
         for (found, base) in run(&bench, &COMPARED, &[])?.into_iter().zip(&base) {
             let of_f16 = rate(&found) / rate(base);
             println!(

@@ -2,8 +2,8 @@
 //! f16, int8 and int4, mixed steps and prompts, each against what the card can do. Prints tables, and
 //! JSON with `--json FILE`.
 //!
-//! `bench-cuda [decode] [quantised] [mixed] [prefill] [products] [tune] [tune-quantised]`; without a
-//! name all but the last three. `bench-cuda checkpoint DIR` writes such a model as a Hugging Face folder, for benches of
+//! `bench-cuda [decode] [quantised] [mixed] [prefill] [products] [tune]`; without a name all but the
+//! last two, which are done with each type of weights that is measured. `bench-cuda checkpoint DIR` writes such a model as a Hugging Face folder, for benches of
 //! the server.
 //!
 //! With STOKER_CUDA_OLDEST_CODE=1 it runs the PTX for the oldest architecture.
@@ -172,7 +172,7 @@ fn main() -> Result<(), Error> {
         _ => None,
     };
     let wants = |what: &str| match arguments.is_empty() {
-        true => !matches!(what, "products" | "tune" | "tune-quantised"),
+        true => !matches!(what, "products" | "tune"),
         false => arguments.iter().any(|a| a == what),
     };
     let begun = Instant::now();
@@ -207,14 +207,18 @@ fn main() -> Result<(), Error> {
         let cublas = cublas::rate(&gpu)?;
         report["prefill"] = prompts::prefill(&bench, cublas)?;
     }
-    if wants("products") {
-        tune::products(&bench, &stream)?;
-    }
-    if wants("tune") {
-        tune::tune(&bench)?;
-    }
+    let more = |bench: &Bench| -> Result<(), Error> {
+        if wants("products") {
+            tune::products(bench, &stream)?;
+        }
+        if wants("tune") {
+            tune::tune(bench)?;
+        }
+        Ok(())
+    };
+    more(&bench)?;
     if wants("quantised") {
-        let (runs, ratios) = decode::quantised(&bench, wants("tune-quantised"))?;
+        let (runs, ratios) = decode::quantised(&bench, &more)?;
         match report["decode"].as_array_mut() {
             Some(decode) => decode.extend(runs),
             None => report["decode"] = runs.into(),

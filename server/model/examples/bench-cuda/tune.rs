@@ -2,7 +2,10 @@
 
 use half::f16;
 use stoker_kernels::cuda::{self, Buffer, FewTile, Stream};
-use stoker_model::cuda::{Layer, Matrix, Tuning};
+use stoker_model::{
+    Dtype,
+    cuda::{Layer, Matrix, Tuning},
+};
 
 use crate::{Bench, CONTEXT, Error};
 
@@ -20,15 +23,19 @@ pub fn products(bench: &Bench, stream: &Stream) -> Result<(), Error> {
     let sums = Buffer::<f32>::zeroed(gpu, "a bench", most * config.inner)?;
     let (begun, ended) = (cuda::Event::new(gpu)?, cuda::Event::new(gpu)?);
     println!(
-        "products   rows        qkv         output        gate_up          down   TB/s (to 256 rows) or TFLOP/s"
+        "products {:4}  rows    qkv         output        gate_up          down   TB/s (to 256 rows) or TFLOP/s",
+        bench.dtype()
     );
-    for rows in [1, 8, 16, 32, 64, 128, 256, 512, 2048, 8192] {
+    // Larger steps turn quantised weights into f16.
+    let sizes = &[1, 8, 16, 32, 64, 128, 256, 512, 2048, 8192];
+    for &rows in match bench.dtype {
+        Dtype::Auto | Dtype::Float16 => &sizes[..],
+        Dtype::Int8 | Dtype::Int4 => &sizes[..7],
+    } {
         print!("{rows:15}");
         for which in 0..4 {
             let run = |layer: &Layer| -> Result<(), Error> {
-                let Matrix::F16(w) = layer.matrices()[which] else {
-                    return Err("products are timed with f16".into());
-                };
+                let w = layer.matrices()[which];
                 let k = &bench.kernels;
                 let gate_up = which == 2;
                 if rows <= 16 {
@@ -37,21 +44,34 @@ pub fn products(bench: &Bench, stream: &Stream) -> Result<(), Error> {
                         squares: None,
                         epsilon: 1e-5,
                     };
-                    let to = if gate_up {
-                        cuda::FewOut::GateUp(out.all())
-                    } else {
-                        cuda::FewOut::F16(out.all())
+                    let to = match gate_up {
+                        true => cuda::FewOut::GateUp(out.all()),
+                        false => cuda::FewOut::F16(out.all()),
                     };
-                    k.few(stream, rows, input, w, to, None)?;
-                } else {
-                    let halves = which == 0 && rows > 384;
-                    let shape = k.many_shape(w.rows(), w.cols(), rows, !gate_up && !halves, halves);
-                    let to = match (gate_up, halves) {
-                        (true, _) => cuda::ManyOut::GateUp(out.all()),
-                        (_, true) => cuda::ManyOut::F16(out.all()),
-                        _ => cuda::ManyOut::Sums(sums.all()),
+                    match w {
+                        Matrix::F16(w) => k.few(stream, rows, input, w, to, None)?,
+                        Matrix::Quantised(w) => {
+                            k.few_quantised(stream, rows, input, w, to, None)?
+                        }
                     };
-                    k.many(stream, rows, x.all(), w, to, shape)?;
+                    return Ok(());
+                }
+                let halves = which == 0 && rows > 384;
+                let to = match (gate_up, halves) {
+                    (true, _) => cuda::ManyOut::GateUp(out.all()),
+                    (_, true) => cuda::ManyOut::F16(out.all()),
+                    _ => cuda::ManyOut::Sums(sums.all()),
+                };
+                let (size, parts) = ((w.rows(), w.cols()), !gate_up && !halves);
+                match w {
+                    Matrix::F16(w) => {
+                        let shape = k.many_shape(size.0, size.1, rows, parts, halves);
+                        k.many(stream, rows, x.all(), w, to, shape)?;
+                    }
+                    Matrix::Quantised(w) => {
+                        let shape = k.tiled_shape(size, w.bits(), rows, parts);
+                        k.many_quantised(stream, rows, x.all(), w, to, shape)?;
+                    }
                 }
                 Ok(())
             };
@@ -79,15 +99,16 @@ pub fn products(bench: &Bench, stream: &Stream) -> Result<(), Error> {
 
 /// Cuts of the products, each tried inside the whole step.
 pub fn tune(bench: &Bench) -> Result<(), Error> {
+    let measure = |batch, tuning| -> Result<f64, Error> {
+        let executor = bench.executor(batch, 512, 1024, Some(tuning))?;
+        Ok(bench.decode(executor, batch, CONTEXT)?.1)
+    };
     for batch in [1, 8, 16] {
         let base = Tuning::best();
-        let measure = |tuning| -> Result<f64, Error> {
-            let executor = bench.executor(batch, 512, 1024, Some(tuning))?;
-            Ok(bench.decode(executor, batch, CONTEXT)?.1)
-        };
         println!(
-            "tune batch {batch}: as it is {:.3} ms",
-            measure(base)? * 1e3
+            "tune {} batch {batch}: as it is {:.3} ms",
+            bench.dtype(),
+            measure(batch, base)? * 1e3
         );
         for (which, sizes) in [
             (0, &[24, 32, 40, 48][..]),
@@ -97,51 +118,15 @@ pub fn tune(bench: &Bench) -> Result<(), Error> {
         ] {
             print!("  {}:", PRODUCTS[which]);
             for &outputs in sizes {
+                // That one is compiled for f16 alone.
+                if outputs == 48 && bench.weights.is_quantised() {
+                    continue;
+                }
                 let mut tuning = base;
                 tuning.tiles[which] = Some(FewTile::Thin { outputs });
-                print!(" {outputs}: {:.3}", measure(tuning)? * 1e3);
+                print!(" {outputs}: {:.3}", measure(batch, tuning)? * 1e3);
             }
             println!();
-        }
-    }
-    Ok(())
-}
-
-/// The same with quantised weights.
-pub fn quantised(bench: &Bench) -> Result<(), Error> {
-    for batch in [1, 8, 16] {
-        let base = Tuning::best();
-        let measure = |tuning| -> Result<f64, Error> {
-            let executor = bench.executor(batch, 512, 1024, Some(tuning))?;
-            Ok(bench.decode(executor, batch, CONTEXT)?.1)
-        };
-        println!(
-            "tune {} batch {batch}: as it is {:.3} ms",
-            bench.dtype(),
-            measure(base)? * 1e3
-        );
-        for (which, name) in PRODUCTS.into_iter().enumerate() {
-            print!("  {name}:");
-            for tile in cuda::Quantised::few_tiles(batch) {
-                let mut tuning = base;
-                tuning.quantised_tiles[which] = Some(tile);
-                print!(" {}: {:.3}", tile.tiles, measure(tuning)? * 1e3);
-            }
-            println!();
-        }
-    }
-    for batch in [8, 16] {
-        for few_rows_quantised in [0, 16] {
-            let tuning = Tuning {
-                few_rows_quantised,
-                ..Tuning::best()
-            };
-            let executor = bench.executor(batch, 512, 1024, Some(tuning))?;
-            println!(
-                "{} batch {batch}, streamed up to {few_rows_quantised}: {:.3} ms",
-                bench.dtype(),
-                bench.decode(executor, batch, CONTEXT)?.1 * 1e3
-            );
         }
     }
     Ok(())

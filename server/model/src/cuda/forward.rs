@@ -7,13 +7,13 @@ use stoker_kernels::{
     BLOCK_SIZE, Rope,
     cuda::{
         Attention, Buffer, CacheShape, CudaError, FEW_ROWS, FEW_ROWS_QUANTISED, FewIn, FewOut,
-        FewTile, Heads, Kernels, ManyOut, NormRows, QuantisedTile, Slice, Squares, Stream,
+        FewTile, Heads, Kernels, ManyOut, NormRows, Slice, Squares, Stream,
     },
 };
 
 use super::{
     Layer, Layout, Matrix, Sizes, Weights,
-    product::{self, Becomes, Cut, Scratch, Tile},
+    product::{self, Becomes, Cut, Scratch},
 };
 use crate::config::ModelConfig;
 
@@ -36,8 +36,6 @@ pub struct Tuning {
     pub part_tokens: usize,
     /// Cuts of the four products of a layer and the head, for trying them out.
     pub tiles: [Option<FewTile>; 5],
-    /// The same with quantised weights.
-    pub quantised_tiles: [Option<QuantisedTile>; 5],
 }
 
 impl Tuning {
@@ -48,7 +46,6 @@ impl Tuning {
             few_rows_quantised: FEW_ROWS_QUANTISED,
             part_tokens: 256,
             tiles: [None; 5],
-            quantised_tiles: [None; 5],
         }
     }
 }
@@ -211,14 +208,6 @@ impl Forward {
         }
     }
 
-    /// The cut of a product of few rows, if it's not the best known.
-    fn tile(&self, product: usize) -> Tile {
-        (
-            self.tuning.tiles[product],
-            self.tuning.quantised_tiles[product],
-        )
-    }
-
     fn embed(&self, stream: &Stream, layout: &Layout, step: Slice<u8>) -> Result<(), CudaError> {
         let rows = layout.step_rows(step)?;
         let (previous, residual) = (self.previous.all(), self.residual.all());
@@ -264,7 +253,7 @@ impl Forward {
     /// A step of few decoding sequences. Gives the parts in which the highest logits are known.
     fn few(&self, stream: &Stream, layout: &Layout, step: Slice<u8>) -> Result<usize, CudaError> {
         let rows = layout.rows;
-        let [qkv, output, gate_up, down, head] = [0, 1, 2, 3, 4].map(|i| self.tile(i));
+        let [qkv, output, gate_up, down, head] = self.tuning.tiles;
         let epsilon = self.config.norm_epsilon;
         let mut input = FewIn {
             x: self.normed.all(),
@@ -413,7 +402,7 @@ impl Forward {
         out: ManyOut,
         becomes: Becomes,
     ) -> Result<usize, CudaError> {
-        let size = (w.rows(), w.cols(), w.is_quantised());
+        let size = (w.rows(), w.cols(), w.bits());
         let cut = Cut::of(&self.kernels, size, rows, becomes);
         let scratch = &self.scratch;
         product::many(&self.kernels, stream, scratch, (rows, x), w, out, cut)?;
@@ -492,7 +481,7 @@ impl Forward {
                 squares: None,
                 epsilon: self.config.norm_epsilon,
             };
-            let (out, tile) = (self.few_logits(), self.tile(4));
+            let (out, tile) = (self.few_logits(), self.tuning.tiles[4]);
             return product::few(&self.kernels, stream, samples, input, w, out, tile);
         }
         let out = ManyOut::Sums(self.logits.all());

@@ -2,15 +2,14 @@
 
 use half::f16;
 use stoker_kernels::cuda::{
-    self, CudaError, FewIn, FewOut, FewTile, Gpu, Kernels, ManyOut, ManyShape, QuantisedTile,
-    Slice, Stream, TiledShape,
+    self, Bits, CudaError, FewIn, FewOut, FewTile, Gpu, Kernels, ManyOut, ManyShape, Slice, Stream,
+    TiledShape,
 };
 
 use super::{Matrix, Weights};
 use crate::config::ModelConfig;
 
-/// Rows from which it is faster to turn quantised weights into f16 first, where products of f16 have
-/// wgmma and those of quantised weights don't.
+/// Rows from which it is faster on Hopper to turn quantised weights into f16 first.
 const DEQUANTISE_ROWS: usize = 256;
 
 /// How a product of many rows is cut.
@@ -36,19 +35,21 @@ pub(super) enum Becomes {
 impl Cut {
     pub fn of(
         kernels: &Kernels,
-        (m, k, quantised): (usize, usize, bool),
+        (m, k, bits): (usize, usize, Option<Bits>),
         rows: usize,
         becomes: Becomes,
     ) -> Self {
         let parts = becomes == Becomes::Parts;
         let f16 = || kernels.many_shape(m, k, rows, parts, becomes == Becomes::F16);
-        match quantised {
-            false => Self::F16(f16()),
+        match bits {
+            None => Self::F16(f16()),
             // A single sum is the head's, whose samples are never that many.
-            true if rows > DEQUANTISE_ROWS && kernels.has_wgmma() && becomes != Becomes::Sums => {
+            Some(_)
+                if rows > DEQUANTISE_ROWS && kernels.has_wgmma() && becomes != Becomes::Sums =>
+            {
                 Self::Dequantised(f16())
             }
-            true => Self::Tiled(kernels.tiled_shape(m, k, rows, parts)),
+            Some(bits) => Self::Tiled(kernels.tiled_shape((m, k), bits, rows, parts)),
         }
     }
 
@@ -97,10 +98,7 @@ impl Scratch {
     }
 }
 
-/// The cut of a product of few rows by the weights' type; `None`: the best known.
-pub(super) type Tile = (Option<FewTile>, Option<QuantisedTile>);
-
-/// `x * w^T` of few rows, and what follows; see [`Kernels::few`].
+/// `x * w^T` of few rows, and what follows; see [`Kernels::few`]. A `tile` of `None`: the best known.
 pub(super) fn few(
     kernels: &Kernels,
     stream: &Stream,
@@ -108,11 +106,11 @@ pub(super) fn few(
     input: FewIn,
     w: &Matrix,
     out: FewOut,
-    tile: Tile,
+    tile: Option<FewTile>,
 ) -> Result<usize, CudaError> {
     match w {
-        Matrix::F16(w) => kernels.few(stream, rows, input, w, out, tile.0),
-        Matrix::Quantised(w) => kernels.few_quantised(stream, rows, input, w, out, tile.1),
+        Matrix::F16(w) => kernels.few(stream, rows, input, w, out, tile),
+        Matrix::Quantised(w) => kernels.few_quantised(stream, rows, input, w, out, tile),
     }
 }
 
@@ -164,7 +162,7 @@ pub(super) fn most_sums(
     let of = |(m, k, matrix, most): (usize, usize, &Matrix, usize)| {
         (1..=most.min(rows))
             .map(|n| {
-                let cut = Cut::of(kernels, (m, k, matrix.is_quantised()), n, Becomes::Parts);
+                let cut = Cut::of(kernels, (m, k, matrix.bits()), n, Becomes::Parts);
                 cut.parts() * n * m
             })
             .max()

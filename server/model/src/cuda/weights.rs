@@ -80,8 +80,16 @@ impl Matrix {
         }
     }
 
+    /// Of quantised weights.
+    pub fn bits(&self) -> Option<Bits> {
+        match self {
+            Self::F16(_) => None,
+            Self::Quantised(w) => Some(w.bits()),
+        }
+    }
+
     pub fn is_quantised(&self) -> bool {
-        matches!(self, Self::Quantised(_))
+        self.bits().is_some()
     }
 }
 
