@@ -349,9 +349,14 @@ pub(crate) fn plan(
     let floor = bounded(limits.min_replicas.max(1), limits);
     let patience = patience(limits) + census.delay;
     memory.low.note(now, need.down, DEAREST * patience);
-    // One odd look isn't enough to order anything.
+    // One odd look isn't enough to order anything, but for a jump that no chance explains.
     let before = memory.last_need.replace(need.up);
-    let sure = bounded(need.up.min(before.unwrap_or(0)), limits).max(floor);
+    let agreed = if demand.trend.jumped {
+        need.up
+    } else {
+        need.up.min(before.unwrap_or(0))
+    };
+    let sure = bounded(agreed, limits).max(floor);
 
     if sure > current {
         if census.unschedulable > 0 {
