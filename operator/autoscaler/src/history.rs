@@ -177,7 +177,7 @@ impl History {
                 let ratio = told(after, seconds) + told(n, watched);
                 if ratio > SURE && best.as_ref().is_none_or(|(most, _)| ratio > *most) {
                     let jump = Trend {
-                        level: after / seconds,
+                        level: (after + after.sqrt()) / seconds,
                         error: after.sqrt() / seconds,
                         slope: 0.0,
                         jumped: true,
