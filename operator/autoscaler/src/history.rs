@@ -136,7 +136,10 @@ impl History {
         let (from, to) = (come.from, come.to);
         let length = (to - from).max(1e-9);
         let last = (to / FINE).ceil() as i64;
-        let newest = self.fine.back().map_or(last, |(step, _)| last.max(*step + 1));
+        let newest = self
+            .fine
+            .back()
+            .map_or(last, |(step, _)| last.max(*step + 1));
         for step in (newest - FINE_KEPT as i64)..last {
             let start = FINE * step as f64;
             let inside = (to.min(start + FINE) - from.max(start)).max(0.0);
@@ -169,8 +172,9 @@ impl History {
         let fine: Vec<Bucket> = self.fine.iter().map(|(_, bucket)| *bucket).collect();
         let mut best: Option<(f64, Trend)> = None;
         for place in 0..fine.len() {
-            let (after, seconds) = (fine.iter().skip(place))
-                .fold((0.0, 0.0), |sum, bucket| (sum.0 + bucket.0, sum.1 + bucket.1));
+            let (after, seconds) = (fine.iter().skip(place)).fold((0.0, 0.0), |sum, bucket| {
+                (sum.0 + bucket.0, sum.1 + bucket.1)
+            });
             if watched >= GRAIN && seconds >= 0.5 * FINE && after * watched > n * seconds {
                 let all = (n + after) / (watched + seconds);
                 let told = |n: f64, seconds: f64| n * (n.max(1e-9) / (seconds * all)).ln();
@@ -384,15 +388,33 @@ mod tests {
     }
 
     #[test]
-    fn a_jump_is_the_new_level_within_20_s() {
+    fn a_jump_is_the_new_level_at_the_first_look_and_for_as_long_as_it_lasts() {
         let mut history = History::default();
         feed(&mut history, 0.0, 400.0, |_| 2.0);
-        feed(&mut history, 400.0, 20.0, |_| 10.0);
-        let trend = history.trend().unwrap();
-        assert!((trend.level - 10.0).abs() < 0.5, "{trend:?}");
+        for look in 1..=10 {
+            feed(&mut history, 398.0 + 2.0 * f64::from(look), 2.0, |_| 10.0);
+            let trend = history.trend().unwrap();
+            // A standard error is added while it is new.
+            assert!((9.5..14.5).contains(&trend.level), "{look}: {trend:?}");
+            assert!(trend.jumped, "{look}: {trend:?}");
+        }
         feed(&mut history, 420.0, 20.0, |_| 1.0);
         let trend = history.trend().unwrap();
         assert!((trend.level - 1.0).abs() < 0.2, "{trend:?}");
+    }
+
+    #[test]
+    fn what_chance_makes_is_no_jump() {
+        // Twice the load for two seconds comes every few minutes by chance.
+        for rate in [0.2, 2.0, 20.0, 200.0] {
+            let mut history = History::default();
+            let much: f64 = rate + 3.5 * f64::sqrt(rate / 2.0);
+            feed(&mut history, 0.0, 400.0, |t| {
+                if t % 40.0 > 38.0 { much } else { rate }
+            });
+            let trend = history.trend().unwrap();
+            assert!(!trend.jumped, "{rate}: {trend:?}");
+        }
     }
 
     #[test]
