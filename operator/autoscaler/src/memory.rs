@@ -11,6 +11,7 @@ use crate::fleet::Tracks;
 use crate::history::History;
 use crate::mix::Mix;
 use crate::observation::Dials;
+use crate::probe::Probe;
 use crate::recurrence::Recurrence;
 use crate::starts::Starts;
 
@@ -55,6 +56,9 @@ pub struct Memory {
 
     #[serde(skip)]
     pub(crate) tracks: Tracks,
+    /// What was tried while no law is known.
+    #[serde(skip)]
+    pub(crate) probe: Probe,
     /// Own dials of unlike replicas.
     #[serde(skip)]
     pub(crate) own: BTreeMap<String, (Dials, Motion)>,
@@ -73,6 +77,8 @@ pub struct Without {
     pub forecast: bool,
     /// What came back before isn't expected again.
     pub recurrence: bool,
+    /// No replica's dials are tried where no law is known.
+    pub probing: bool,
 }
 
 /// The fleet's law and memory as they were last known.
@@ -290,6 +296,7 @@ impl Memory {
             self.misses.judged_at = now;
             self.misses.shortage_at = now;
             self.tracks = Tracks::default();
+            self.probe = Probe::default();
             self.history = History::default();
             self.recurrence = Recurrence::default();
             self.differs_since = None;

@@ -23,7 +23,7 @@ const MOST_TIMES: u32 = 4;
 /// Seconds between two orders for more.
 const BETWEEN_RAISES: f64 = 10.0;
 /// Seconds after a shortage in which misses teach nothing: requests that began in it still end.
-const AFTERMATH: f64 = 90.0;
+pub(crate) const AFTERMATH: f64 = 90.0;
 /// Seconds between two comparisons of the misses with what was predicted.
 const JUDGED_EVERY: f64 = 60.0;
 /// What counts of older comparisons at each: half after five minutes.

@@ -1,12 +1,14 @@
 //! The devices that replicas run on.
 
 use stoker_engine::Profile;
-use stoker_law::Law;
+use stoker_law::{Law, Prior};
 
 /// A latency law with its memory and noise.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Device {
     pub profile: Profile,
+    /// What the engine believes of the law before it has seen a step; the surrogate knows it.
+    pub prior: Prior,
 }
 
 /// Standard deviation of the logarithm of a step's time.
@@ -16,12 +18,39 @@ const CONTEXT: u32 = 32_768;
 
 impl Device {
     fn with_noise(profile: Profile) -> Self {
-        Device {
+        let device = Device {
+            prior: Prior::default(),
             profile: Profile {
                 noise: NOISE,
                 max_model_len: CONTEXT,
                 ..profile
             },
+        };
+        device.swept()
+    }
+
+    /// Its engine knows what the sweep at start-up would have told: the law, roughly.
+    fn swept(mut self) -> Self {
+        self.prior = Prior {
+            law: self.profile.law.slowed(1.05),
+            confidence: 0.6,
+        };
+        self
+    }
+
+    /// Its engine believes the sweep of another device.
+    pub fn mistaken_for(&self, other: &Device) -> Self {
+        Device {
+            prior: other.prior,
+            ..self.clone()
+        }
+    }
+
+    /// Its engine makes no sweep.
+    pub fn unswept(&self) -> Self {
+        Device {
+            prior: Prior::default(),
+            ..self.clone()
         }
     }
 
@@ -49,7 +78,7 @@ impl Device {
         let mut device = Self::study_t4();
         device.profile.name = "unhidden-t4";
         device.profile.law.hidden = 0.0;
-        device
+        device.swept()
     }
 
     /// stoker-engine's T4.
@@ -76,6 +105,7 @@ impl Device {
     pub fn slowed(&self, factor: f64) -> Self {
         let mut device = self.clone();
         device.profile.law = device.profile.law.slowed(factor);
+        device.prior.law = device.prior.law.slowed(factor);
         device.profile.single_token_saving *= factor;
         device
     }
