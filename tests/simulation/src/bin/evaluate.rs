@@ -21,7 +21,7 @@ struct Args {
     /// The trace that is one of the cases and gives the mix of the others.
     #[arg(long)]
     trace: PathBuf,
-    /// Cases: recorded, a shape, or code-completion, long-chat, up-and-down.
+    /// Cases: recorded, a shape, or code-completion, long-chat, up-and-down, classifier.
     #[arg(
         long,
         value_delimiter = ',',
@@ -76,7 +76,7 @@ fn main() -> Result<()> {
     let mix = Mix::of(&recorded);
     let Some(device) = Device::by_name(&args.device) else {
         bail!(
-            "--device {:?}: choose study-t4, unhidden-t4, t4 or h100",
+            "--device {:?}: choose study-t4, unhidden-t4, unswept-t4, t4 or h100",
             args.device
         );
     };

@@ -38,21 +38,6 @@ impl Device {
         self
     }
 
-    /// Its engine believes the sweep of another device.
-    pub fn mistaken_for(&self, other: &Device) -> Self {
-        Device {
-            prior: other.prior,
-            ..self.clone()
-        }
-    }
-
-    /// Its engine makes no sweep.
-    pub fn unswept(&self) -> Self {
-        Device {
-            prior: Prior::default(),
-            ..self.clone()
-        }
-    }
 
     /// The reference study's T4: its law, and 60,000 tokens of KV cache.
     pub fn study_t4() -> Self {
@@ -81,6 +66,14 @@ impl Device {
         device.swept()
     }
 
+    /// The study's T4 whose engine makes no sweep: it begins with a guess.
+    pub fn unswept_t4() -> Self {
+        let mut device = Self::study_t4();
+        device.profile.name = "unswept-t4";
+        device.prior = Prior::default();
+        device
+    }
+
     /// stoker-engine's T4.
     pub fn t4() -> Self {
         Self::with_noise(Profile::t4())
@@ -95,6 +88,7 @@ impl Device {
         let devices = [
             Self::study_t4(),
             Self::unhidden_t4(),
+            Self::unswept_t4(),
             Self::t4(),
             Self::h100(),
         ];
