@@ -38,6 +38,10 @@ pub struct Memory {
     pub(crate) low: Low,
     pub(crate) raised_at: Option<f64>,
     pub(crate) lowered_at: Option<f64>,
+    /// Replicas before the first of the scale-downs in a row.
+    pub(crate) lowered_from: u32,
+    /// When requests missed their objectives for replicas that had just been taken away.
+    pub(crate) regretted_at: Option<f64>,
     pub(crate) turns: Turns,
     pub(crate) misses: Misses,
     pub(crate) history: History,
@@ -258,6 +262,15 @@ impl Memory {
         self
     }
 
+    /// Notes a scale-down from so many.
+    pub(crate) fn lower(&mut self, from: u32, now: f64) {
+        if self.turns.was_upwards() || self.lowered_at.is_none() {
+            self.lowered_from = from;
+        }
+        self.lowered_at = Some(now);
+        self.turns.note(now, false);
+    }
+
     /// The mix that decisions go by: it follows within two minutes, or at once where the last minute's
     /// can't be the same.
     pub(crate) fn remember_mix(&mut self, demand: &Demand, seconds: f64) {
@@ -292,6 +305,7 @@ impl Memory {
             self.motion = Motion::default();
             self.raised_at = None;
             self.lowered_at = None;
+            self.regretted_at = None;
             self.turns = Turns::default();
             self.misses.judged_at = now;
             self.misses.shortage_at = now;

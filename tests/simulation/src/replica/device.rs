@@ -38,7 +38,6 @@ impl Device {
         self
     }
 
-
     /// The reference study's T4: its law, and 60,000 tokens of KV cache.
     pub fn study_t4() -> Self {
         let t4 = Profile::t4();
