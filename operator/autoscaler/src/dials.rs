@@ -163,7 +163,7 @@ impl Choice {
     /// all objectives and of those that it serves when saturated, still within the inter-token
     /// one, for the dials must also do when replicas are late or lacking.
     fn worth(&self) -> f64 {
-        (self.capacity.rate * self.capacity.saturated_rate).sqrt()
+        (self.capacity.kept_rate * self.capacity.saturated_rate).sqrt()
     }
 }
 

@@ -12,6 +12,13 @@ const KEPT: usize = 32;
 const WINDOWS: [f64; 5] = [20.0, 40.0, 80.0, 160.0, 320.0];
 /// Windows shorter than this tell a level but no trend.
 const TREND_FROM: f64 = 80.0;
+/// Seconds of a fine bucket, and how many are kept: what a jump is seen in.
+const FINE: f64 = 2.0;
+const FINE_KEPT: usize = 6;
+/// Seconds before them that a jump is measured against.
+const BEFORE: f64 = 60.0;
+/// A jump is for sure where chance makes one such in so many: the logarithm.
+const SURE: f64 = 14.0;
 /// Standard deviations by which the newest seconds may differ from a longer window's line before
 /// that window is taken to be of another time.
 const BREAK: f64 = 3.0;
@@ -52,6 +59,8 @@ pub(crate) struct Trend {
     pub error: f64,
     /// Requests a second, per second; 0 where chance explains it.
     pub slope: f64,
+    /// The newest seconds have more than chance could make of what was before.
+    pub jumped: bool,
 }
 
 impl Trend {
@@ -68,6 +77,9 @@ pub(crate) struct History {
     /// When the first bucket began.
     start: f64,
     buckets: VecDeque<Bucket>,
+    /// The newest seconds once more, in steps of [`FINE`]: each with the number of its step.
+    #[serde(skip)]
+    fine: VecDeque<(i64, Bucket)>,
     /// Everything up to here is known.
     until: f64,
     /// Forecasts to be checked: for when, and requests a second.
@@ -96,6 +108,7 @@ impl History {
         }
         for come in arrivals {
             self.spread(come);
+            self.spread_finely(come);
         }
         self.until = self.until.max(until);
         while self.buckets.len() > KEPT {
@@ -117,6 +130,71 @@ impl History {
             bucket.0 += come.requests * (inside / length).min(1.0);
             bucket.1 = (bucket.1 + come.share * inside).min(GRAIN);
         }
+    }
+
+    fn spread_finely(&mut self, come: &Arrivals) {
+        let (from, to) = (come.from, come.to);
+        let length = (to - from).max(1e-9);
+        let last = (to / FINE).ceil() as i64;
+        let newest = self
+            .fine
+            .back()
+            .map_or(last, |(step, _)| last.max(*step + 1));
+        for step in (newest - FINE_KEPT as i64)..last {
+            let start = FINE * step as f64;
+            let inside = (to.min(start + FINE) - from.max(start)).max(0.0);
+            if inside <= 0.0 {
+                continue;
+            }
+            let place = self.fine.partition_point(|(other, _)| *other < step);
+            if self.fine.get(place).is_none_or(|(other, _)| *other != step) {
+                self.fine.insert(place, (step, Bucket::default()));
+            }
+            if let Some((_, bucket)) = self.fine.get_mut(place) {
+                bucket.0 += come.requests * (inside / length).min(1.0);
+                bucket.1 = (bucket.1 + come.share * inside).min(FINE);
+            }
+        }
+        while self.fine.len() > FINE_KEPT {
+            self.fine.pop_front();
+        }
+    }
+
+    /// The rate since load jumped within the newest seconds, where it did beyond chance: of all ways to
+    /// divide them from the minute before, the most likely one (a likelihood ratio of two Poisson
+    /// processes).
+    fn jump(&self) -> Option<Trend> {
+        let first = FINE * self.fine.front()?.0 as f64;
+        let (mut n, mut watched) = self
+            .within(BEFORE + self.until - first)
+            .filter(|(age, _, _)| *age > self.until - first)
+            .fold((0.0, 0.0), |sum, (_, n, w)| (sum.0 + n, sum.1 + w));
+        let fine: Vec<Bucket> = self.fine.iter().map(|(_, bucket)| *bucket).collect();
+        let mut best: Option<(f64, Trend)> = None;
+        for place in 0..fine.len() {
+            let (after, seconds) = (fine.iter().skip(place)).fold((0.0, 0.0), |sum, bucket| {
+                (sum.0 + bucket.0, sum.1 + bucket.1)
+            });
+            if watched >= GRAIN && seconds >= 0.5 * FINE && after * watched > n * seconds {
+                let all = (n + after) / (watched + seconds);
+                let told = |n: f64, seconds: f64| n * (n.max(1e-9) / (seconds * all)).ln();
+                let ratio = told(after, seconds) + told(n, watched);
+                if ratio > SURE && best.as_ref().is_none_or(|(most, _)| ratio > *most) {
+                    let jump = Trend {
+                        level: (after + after.sqrt()) / seconds,
+                        error: after.sqrt() / seconds,
+                        slope: 0.0,
+                        jumped: true,
+                    };
+                    best = Some((ratio, jump));
+                }
+            }
+            if let Some(bucket) = fine.get(place) {
+                n += bucket.0;
+                watched += bucket.1;
+            }
+        }
+        best.map(|(_, jump)| jump)
     }
 
     /// Buckets of the `seconds` before the end: seconds before the end of their middle, requests,
@@ -159,7 +237,7 @@ impl History {
         let mut best = Trend {
             level: newest / watched,
             error: newest.max(1.0).sqrt() / watched,
-            slope: 0.0,
+            ..Trend::default()
         };
         let mut before = 0;
         for seconds in WINDOWS {
@@ -189,10 +267,13 @@ impl History {
             best = Trend {
                 level: n / watched,
                 error: n.sqrt() / watched,
-                slope: 0.0,
+                ..Trend::default()
             };
         }
-        Some(best)
+        Some(match self.jump() {
+            Some(jump) if jump.level > best.level => jump,
+            _ => best,
+        })
     }
 
     fn line(&self, seconds: f64) -> Option<Trend> {
@@ -219,6 +300,7 @@ impl History {
             level: (mean + slope * age).max(0.0),
             error: (variance / watched + slope_variance * age * age).sqrt(),
             slope,
+            jumped: false,
         })
     }
 
@@ -306,15 +388,33 @@ mod tests {
     }
 
     #[test]
-    fn a_jump_is_the_new_level_within_20_s() {
+    fn a_jump_is_the_new_level_at_the_first_look_and_for_as_long_as_it_lasts() {
         let mut history = History::default();
         feed(&mut history, 0.0, 400.0, |_| 2.0);
-        feed(&mut history, 400.0, 20.0, |_| 10.0);
-        let trend = history.trend().unwrap();
-        assert!((trend.level - 10.0).abs() < 0.5, "{trend:?}");
+        for look in 1..=10 {
+            feed(&mut history, 398.0 + 2.0 * f64::from(look), 2.0, |_| 10.0);
+            let trend = history.trend().unwrap();
+            // A standard error is added while it is new.
+            assert!((9.5..14.5).contains(&trend.level), "{look}: {trend:?}");
+            assert!(trend.jumped, "{look}: {trend:?}");
+        }
         feed(&mut history, 420.0, 20.0, |_| 1.0);
         let trend = history.trend().unwrap();
         assert!((trend.level - 1.0).abs() < 0.2, "{trend:?}");
+    }
+
+    #[test]
+    fn what_chance_makes_is_no_jump() {
+        // Twice the load for two seconds comes every few minutes by chance.
+        for rate in [0.2, 2.0, 20.0, 200.0] {
+            let mut history = History::default();
+            let much: f64 = rate + 3.5 * f64::sqrt(rate / 2.0);
+            feed(&mut history, 0.0, 400.0, |t| {
+                if t % 40.0 > 38.0 { much } else { rate }
+            });
+            let trend = history.trend().unwrap();
+            assert!(!trend.jumped, "{rate}: {trend:?}");
+        }
     }
 
     #[test]

@@ -7,7 +7,7 @@ use crate::model::{ReplicaModel, usable};
 use crate::observation::{Dials, Objectives};
 
 /// Below this confidence a replica's law isn't acted upon.
-const TRUSTED: f64 = 0.5;
+pub(crate) const TRUSTED: f64 = 0.5;
 /// Replicas whose steps differ by less than this factor share their dials.
 const LIKE: f64 = 1.15;
 /// The same for KV memory, which binds the cap only.

@@ -9,6 +9,7 @@
 //! | `model` | a law, a mix, objectives | what dials carry, and at what latency |
 //! | `dials` | the model | the dials to use |
 //! | `tune` | all of these | dials for the fleet and for unlike replicas |
+//! | `probe` | steps that tell no law | dials of one replica that do |
 //! | `replicas` | demand, capacity | how many replicas |
 //! | `sleep` | the router's queue | zero replicas and back |
 //! | `reason` | all of it | a sentence |
@@ -26,6 +27,7 @@ mod history;
 mod laws;
 mod mix;
 mod model;
+mod probe;
 mod reason;
 mod recurrence;
 mod replicas;
@@ -114,6 +116,7 @@ pub fn decide(
         moved_from: (tuned.dials != before).then_some(before),
         hopeless: tuned.hopeless,
         too_slow: tuned.too_slow(),
+        tried: tuned.tried,
     };
 
     // 4. Replicas from demand.

@@ -11,6 +11,7 @@ use crate::fleet::Tracks;
 use crate::history::History;
 use crate::mix::Mix;
 use crate::observation::Dials;
+use crate::probe::Probe;
 use crate::recurrence::Recurrence;
 use crate::starts::Starts;
 
@@ -39,6 +40,10 @@ pub struct Memory {
     pub(crate) low: Low,
     pub(crate) raised_at: Option<f64>,
     pub(crate) lowered_at: Option<f64>,
+    /// Replicas before the first of the scale-downs in a row.
+    pub(crate) lowered_from: u32,
+    /// When requests missed their objectives for replicas that had just been taken away.
+    pub(crate) regretted_at: Option<f64>,
     pub(crate) turns: Turns,
     pub(crate) misses: Misses,
     pub(crate) history: History,
@@ -57,6 +62,9 @@ pub struct Memory {
 
     #[serde(skip)]
     pub(crate) tracks: Tracks,
+    /// What was tried while no law is known.
+    #[serde(skip)]
+    pub(crate) probe: Probe,
     /// Own dials of unlike replicas.
     #[serde(skip)]
     pub(crate) own: BTreeMap<String, (Dials, Motion)>,
@@ -75,6 +83,8 @@ pub struct Without {
     pub forecast: bool,
     /// What came back before isn't expected again.
     pub recurrence: bool,
+    /// No replica's dials are tried where no law is known.
+    pub probing: bool,
 }
 
 /// The fleet's law and memory as they were last known.
@@ -273,6 +283,15 @@ impl Memory {
         self
     }
 
+    /// Notes a scale-down from so many.
+    pub(crate) fn lower(&mut self, from: u32, now: f64) {
+        if self.turns.was_upwards() || self.lowered_at.is_none() {
+            self.lowered_from = from;
+        }
+        self.lowered_at = Some(now);
+        self.turns.note(now, false);
+    }
+
     /// The mix that decisions go by: it follows within two minutes, or at once where the last minute's
     /// can't be the same.
     pub(crate) fn remember_mix(&mut self, demand: &Demand, seconds: f64) {
@@ -307,10 +326,12 @@ impl Memory {
             self.motion = Motion::default();
             self.raised_at = None;
             self.lowered_at = None;
+            self.regretted_at = None;
             self.turns = Turns::default();
             self.misses.judged_at = now;
             self.misses.shortage_at = now;
             self.tracks = Tracks::default();
+            self.probe = Probe::default();
             self.history = History::default();
             self.recurrence = Recurrence::default();
             self.differs = None;

@@ -38,6 +38,8 @@ pub(crate) const HALVINGS: u32 = 14;
 pub(crate) struct Capacity {
     /// Requests a second of which as many miss an objective as may.
     pub rate: f64,
+    /// The same however little it is, where `rate` is the least that a replica is worth.
+    pub kept_rate: f64,
     /// Requests running or waiting at that rate.
     pub in_flight: f64,
     /// Requests a second when it never lacks work.
@@ -170,8 +172,9 @@ impl ReplicaModel {
             }
         }
         let least = LEAST_SHARE * saturated.rate;
-        let within = (self.operation(keeps, dials.max_num_batched_tokens))
-            .filter(|operation| operation.rate > least);
+        let within = self.operation(keeps, dials.max_num_batched_tokens);
+        let kept_rate = within.as_ref().map_or(0.0, |operation| operation.rate);
+        let within = within.filter(|operation| operation.rate > least);
         let (rate, in_flight) = match &within {
             Some(operation) => {
                 let prompt = self.prompt_seconds(operation, dials.max_num_batched_tokens);
@@ -183,6 +186,7 @@ impl ReplicaModel {
         };
         let capacity = Capacity {
             rate,
+            kept_rate,
             in_flight: in_flight.max(1.0),
             saturated_rate: saturated.rate,
             keeps: within.is_some(),

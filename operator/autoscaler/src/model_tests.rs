@@ -170,6 +170,38 @@ fn larger_devices_get_larger_caps_and_carry_more() {
     }
 }
 
+/// Below what a replica is worth at least, dials are still told apart by what they really carry.
+#[test]
+fn very_long_prompts_get_the_budget_that_carries_most_of_them() {
+    let law = Law {
+        base: 27.5e-3,
+        per_kv_token: 0.36e-6,
+        per_token: 0.27e-3,
+        per_sequence: 0.2e-3,
+        hidden: 1.0,
+    };
+    let (dials, one) = pick((law, 60_000), mix(6300.0, 250.0, 0.5), ItlOf::Mean);
+    let model = ReplicaModel::new(
+        law,
+        mix(6300.0, 250.0, 0.5),
+        objectives(ItlOf::Mean),
+        60_000,
+    );
+    let small = Dials {
+        max_num_seqs: model.cap(160, 1024),
+        max_num_batched_tokens: 160,
+    };
+    let other = model.capacity(small, 4).unwrap();
+    assert!(
+        !other.keeps && other.kept_rate < other.rate,
+        "{other:?}: taken for more than it carries"
+    );
+    assert!(
+        one.kept_rate > 1.1 * other.kept_rate,
+        "{dials:?} {one:?}: no better than {other:?}"
+    );
+}
+
 #[test]
 fn kv_memory_bounds_the_cap() {
     let (law, _) = t4();

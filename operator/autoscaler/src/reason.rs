@@ -20,6 +20,8 @@ pub(crate) struct Facts<'a> {
     pub hopeless: Option<(f64, f64)>,
     /// Replicas that can't keep the objectives, while others can.
     pub too_slow: u32,
+    /// Budget that one replica is tried with.
+    pub tried: Option<u32>,
 }
 
 /// Seconds by which samples may be behind without a word.
@@ -161,6 +163,11 @@ impl Facts<'_> {
                  elsewhere.",
                 self.too_slow,
                 census.ready()
+            ));
+        }
+        if let Some(budget) = self.tried {
+            message.push_str(&format!(
+                " Steps are too much alike to tell a law: one replica tries a budget of {budget}."
             ));
         }
         if let Some((smallest, objective)) = self.hopeless {

@@ -23,7 +23,7 @@ const MOST_TIMES: u32 = 4;
 /// Seconds between two orders for more.
 const BETWEEN_RAISES: f64 = 10.0;
 /// Seconds after a shortage in which misses teach nothing: requests that began in it still end.
-const AFTERMATH: f64 = 90.0;
+pub(crate) const AFTERMATH: f64 = 90.0;
 /// Seconds between two comparisons of the misses with what was predicted.
 const JUDGED_EVERY: f64 = 60.0;
 /// What counts of older comparisons at each: half after five minutes.
@@ -41,6 +41,8 @@ const DEAREST: f64 = 3.0;
 /// Turns within an hour after which only the end of what repeats itself makes another one: it would be
 /// the seventh, and the one back the eighth.
 const MOST_TURNS: usize = 6;
+/// Seconds for which it counts that replicas were missed that had just been taken away.
+const REGRET: f64 = 900.0;
 /// Least seconds between two steps down.
 const BETWEEN_STEPS: f64 = 10.0;
 /// Seconds that load must have been watched to be known to within what chance does to it, and the
@@ -348,11 +350,16 @@ pub(crate) fn plan(
     let (census, limits, now) = (&scene.census, scene.limits, scene.now);
     // Without a replica nobody could tell of demand.
     let floor = bounded(limits.min_replicas.max(1), limits);
-    let patience = patience(limits) + census.delay;
+    let patience = patience(limits).max(regret(scene, demand, capacity, memory)) + census.delay;
     memory.low.note(now, need.down, DEAREST * patience);
-    // One odd look isn't enough to order anything.
+    // One odd look isn't enough to order anything, but for a jump that no chance explains.
     let before = memory.last_need.replace(need.up);
-    let sure = bounded(need.up.min(before.unwrap_or(0)), limits).max(floor);
+    let agreed = if demand.trend.jumped {
+        need.up
+    } else {
+        need.up.min(before.unwrap_or(0))
+    };
+    let sure = bounded(agreed, limits).max(floor);
 
     if sure > current {
         if census.unschedulable > 0 {
@@ -384,8 +391,7 @@ pub(crate) fn plan(
         && memory.low.lasted(now, current - 1) >= BETWEEN_STEPS
         && (current - enough >= 2 || memory.turns.wait(now, MOST_TURNS) <= 0.0)
     {
-        memory.lowered_at = Some(now);
-        memory.turns.note(now, false);
+        memory.lower(current, now);
         return Plan::Lower {
             from: current,
             to: bounded(enough, limits),
@@ -413,8 +419,7 @@ pub(crate) fn plan(
             seconds_left: left.ceil() as u32,
         };
     }
-    memory.lowered_at = Some(now);
-    memory.turns.note(now, false);
+    memory.lower(current, now);
     // Half of what nobody has needed for that long: the other half is the proof.
     let unneeded = current.saturating_sub(memory.low.most(now, patience).max(floor));
     Plan::Lower {
@@ -423,6 +428,21 @@ pub(crate) fn plan(
         seconds: patience.round() as u32,
         again: false,
     }
+}
+
+/// Seconds that demand must be low because it came back, of late, before the replicas that were taken
+/// away could: as long as a start takes. That half of the fleet was gone and requests missed for it
+/// shows that it was so.
+fn regret(scene: &Scene, demand: &Demand, capacity: Option<Capacity>, memory: &mut Memory) -> f64 {
+    let (now, ready) = (scene.now, scene.census.ready());
+    let start = memory.starts.slowest();
+    let lowered = memory.lowered_at.is_some_and(|at| now - at < start);
+    let fewer = lowered && 2 * ready <= memory.lowered_from;
+    if fewer && !demand.idle && suffers(scene, demand, capacity, ready) {
+        memory.regretted_at = Some(now);
+    }
+    let regrets = (memory.regretted_at).is_some_and(|at| (0.0..REGRET).contains(&(now - at)));
+    if regrets { start } else { 0.0 }
 }
 
 /// Seconds that demand must be low before a scale-down that follows a scale-up: the more the fleet

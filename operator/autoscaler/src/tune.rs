@@ -10,6 +10,7 @@ use crate::laws;
 use crate::memory::{Known, Memory};
 use crate::model::{self, Capacity, ReplicaModel};
 use crate::observation::Dials;
+use crate::probe;
 
 /// What the laws say.
 pub(crate) struct Tuned {
@@ -27,6 +28,8 @@ pub(crate) struct Tuned {
     /// Where no dials keep the inter-token objective: seconds of the smallest step, and the
     /// objective.
     pub hopeless: Option<(f64, f64)>,
+    /// Budget of the one replica that is tried, for a law to be told.
+    pub tried: Option<u32>,
 }
 
 impl Tuned {
@@ -73,9 +76,14 @@ pub(crate) fn tune(scene: &Scene, before: Dials, memory: &mut Memory) -> Tuned {
         model: None,
         lacking: 0.0,
         hopeless: None,
+        tried: None,
     };
     let size = scene.census.ready().max(1);
     let Some(fleet) = memory.fleet.filter(|known| model::usable(&known.law)) else {
+        if let Some((id, dials)) = probe::probe(scene, before, memory) {
+            tuned.tried = Some(dials.max_num_batched_tokens);
+            tuned.overrides.insert(id, dials);
+        }
         return tuned;
     };
     let model = model_of(scene, fleet);

@@ -161,6 +161,26 @@ pub fn search(setup: &Setup, trace: &Trace, runs: u32) -> Option<Oracle> {
     })
 }
 
+/// The best that comes of an order `delay` seconds after load jumped, which must be a multiple of it: the
+/// fleet that load needs before, and from there on whatever size turns out best, in hindsight.
+pub fn after_jump(setup: &Setup, trace: &Trace, jump: f64, delay: f64) -> Option<(u32, Outcome)> {
+    let before = first_fleet(setup, trace);
+    let setup = setup.with_replicas(before);
+    let slots = ((trace.duration + TAIL) / delay).ceil() as usize;
+    let first = (jump / delay).round() as usize + 1;
+    let ordered = |n: u32| {
+        let place = |slot: usize| if slot < first { before } else { n };
+        let mut schedule = Schedule {
+            slot: delay,
+            replicas: (0..slots).map(place).collect(),
+            dials: setup.dials,
+        };
+        (n, simulate(&setup, trace, &mut schedule))
+    };
+    let outcomes = (before..=setup.max_replicas.min(4 * before + 8)).map(ordered);
+    outcomes.max_by(|a, b| a.1.score.good.total_cmp(&b.1.score.good))
+}
+
 /// For each slot the heaviest load of the next minutes, in which a replica that is made now serves;
 /// as a share of the heaviest of all.
 fn load_ahead(trace: &Trace, slots: usize) -> Vec<f64> {

@@ -32,7 +32,7 @@ struct Args {
     /// So many times as many requests.
     #[arg(long, default_value_t = 1)]
     thicken: u32,
-    /// study-t4, unhidden-t4, t4 or h100.
+    /// study-t4, unhidden-t4, unswept-t4, t4 or h100.
     #[arg(long, default_value = "study-t4")]
     device: String,
     #[arg(long, default_value_t = 2)]
@@ -74,7 +74,7 @@ fn main() -> Result<()> {
     let trace = load(&args)?;
     let Some(device) = Device::by_name(&args.device) else {
         bail!(
-            "--device {:?}: choose study-t4, unhidden-t4, t4 or h100",
+            "--device {:?}: choose study-t4, unhidden-t4, unswept-t4, t4 or h100",
             args.device
         );
     };

@@ -21,7 +21,7 @@ struct Args {
     /// The trace that is one of the cases and gives the mix of the others.
     #[arg(long)]
     trace: PathBuf,
-    /// Cases: recorded, a shape, or code-completion, long-chat, up-and-down.
+    /// Cases: recorded, a shape, or code-completion, long-chat, up-and-down, classifier.
     #[arg(
         long,
         value_delimiter = ',',
@@ -64,6 +64,10 @@ struct Args {
     /// more replica-hours, at the best of their settings in hindsight (with the budgets given).
     #[arg(long)]
     advise: Option<PathBuf>,
+    /// Instead of all that: of step and spike the best that comes of an order so many seconds after
+    /// load jumped, at cap 43 and our budget.
+    #[arg(long)]
+    reaction: Option<f64>,
     #[arg(long, default_value_t = 1)]
     seed: u64,
     #[arg(long, default_value_t = 2)]
@@ -76,7 +80,7 @@ fn main() -> Result<()> {
     let mix = Mix::of(&recorded);
     let Some(device) = Device::by_name(&args.device) else {
         bail!(
-            "--device {:?}: choose study-t4, unhidden-t4, t4 or h100",
+            "--device {:?}: choose study-t4, unhidden-t4, unswept-t4, t4 or h100",
             args.device
         );
     };
@@ -106,6 +110,10 @@ fn main() -> Result<()> {
         for (case, trace) in &traces {
             advised(case, trace, &setup, program, &args)?;
         }
+        return Ok(());
+    }
+    if let Some(delay) = args.reaction {
+        react(&traces, &setup.with_dials(43, args.budget), delay);
         return Ok(());
     }
     if !args.peers_at_budgets.is_empty() {
@@ -183,6 +191,19 @@ fn advised(case: &str, trace: &Trace, setup: &Setup, program: &Path, args: &Args
     }
     println!();
     Ok(())
+}
+
+fn react(traces: &[(&str, Trace)], setup: &Setup, delay: f64) {
+    for (case, trace) in traces {
+        let jump = Shape::by_name(case).and_then(Shape::jump);
+        let best = jump.and_then(|jump| oracle::after_jump(setup, trace, jump, delay));
+        if let Some((replicas, outcome)) = best {
+            let good = outcome.score.good;
+            println!(
+                "{case}: {good:.2} % good with {replicas} replicas from {delay} s after the jump"
+            );
+        }
+    }
 }
 
 /// Every peer at its best single setting for all traces: the cheapest that is good enough on each, or

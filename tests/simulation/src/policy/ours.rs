@@ -69,10 +69,11 @@ impl Stoker {
     /// The policy built up part by part: name, the world it starts in, and the policy.
     pub fn ablations(setup: &Setup) -> Vec<(&'static str, Setup, Self)> {
         let setup = &setup.with_dials(32, 2048);
-        let without = |forecast: bool, recurrence: bool| {
+        let without = |forecast: bool, recurrence: bool, probing: bool| {
             let without = Without {
                 forecast,
                 recurrence,
+                probing,
             };
             let stoker = Stoker::new(setup);
             Stoker {
@@ -83,11 +84,15 @@ impl Stoker {
         let dials = setup.dials;
         let budget = dials.max_num_batched_tokens;
         let parts = [
-            ("replicas only", without(true, true).with_dials_held(dials)),
-            ("+ cap", without(true, true).with_budget_held(budget)),
-            ("+ budget", without(true, true)),
-            ("+ forecast", without(false, true)),
-            ("+ memory: the whole", without(false, false)),
+            (
+                "replicas only",
+                without(true, true, true).with_dials_held(dials),
+            ),
+            ("+ cap", without(true, true, true).with_budget_held(budget)),
+            ("+ budget", without(true, true, true)),
+            ("+ forecast", without(false, true, true)),
+            ("+ memory", without(false, false, true)),
+            ("+ probing: the whole", without(false, false, false)),
         ];
         let parts = parts.into_iter();
         parts

@@ -1,12 +1,14 @@
 //! The devices that replicas run on.
 
 use stoker_engine::Profile;
-use stoker_law::Law;
+use stoker_law::{Law, Prior};
 
 /// A latency law with its memory and noise.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Device {
     pub profile: Profile,
+    /// What the engine believes of the law before it has seen a step; the surrogate knows it.
+    pub prior: Prior,
 }
 
 /// Standard deviation of the logarithm of a step's time.
@@ -16,13 +18,24 @@ const CONTEXT: u32 = 32_768;
 
 impl Device {
     fn with_noise(profile: Profile) -> Self {
-        Device {
+        let device = Device {
+            prior: Prior::default(),
             profile: Profile {
                 noise: NOISE,
                 max_model_len: CONTEXT,
                 ..profile
             },
-        }
+        };
+        device.swept()
+    }
+
+    /// Its engine knows what the sweep at start-up would have told: the law, roughly.
+    fn swept(mut self) -> Self {
+        self.prior = Prior {
+            law: self.profile.law.slowed(1.05),
+            confidence: 0.6,
+        };
+        self
     }
 
     /// The reference study's T4: its law, and 60,000 tokens of KV cache.
@@ -49,6 +62,14 @@ impl Device {
         let mut device = Self::study_t4();
         device.profile.name = "unhidden-t4";
         device.profile.law.hidden = 0.0;
+        device.swept()
+    }
+
+    /// The study's T4 whose engine makes no sweep: it begins with a guess.
+    pub fn unswept_t4() -> Self {
+        let mut device = Self::study_t4();
+        device.profile.name = "unswept-t4";
+        device.prior = Prior::default();
         device
     }
 
@@ -66,6 +87,7 @@ impl Device {
         let devices = [
             Self::study_t4(),
             Self::unhidden_t4(),
+            Self::unswept_t4(),
             Self::t4(),
             Self::h100(),
         ];
@@ -76,6 +98,7 @@ impl Device {
     pub fn slowed(&self, factor: f64) -> Self {
         let mut device = self.clone();
         device.profile.law = device.profile.law.slowed(factor);
+        device.prior.law = device.prior.law.slowed(factor);
         device.profile.single_token_saving *= factor;
         device
     }

@@ -6,7 +6,6 @@ use stoker_engine::{
     Clock, Engine, EngineConfig, Event, FinishReason, Limits, Profile, Request, RequestId,
     SimulatedExecutor, VirtualClock,
 };
-use stoker_law::Prior;
 
 use super::{Device, Gauges, Tally};
 use crate::flight::{Ledger, State};
@@ -34,13 +33,9 @@ impl Real {
             seed,
             ..device.profile.clone()
         };
-        // What the sweep at start-up would have told: the law, roughly.
         let config = EngineConfig {
             max_waiting: usize::MAX,
-            law_prior: Prior {
-                law: profile.law.slowed(1.05),
-                confidence: 0.6,
-            },
+            law_prior: device.prior,
         };
         let executor = SimulatedExecutor::new(profile, clock.clone());
         Real {

@@ -82,6 +82,7 @@ fn a_queue_in_front_of_one_seat_is_as_long_as_theory_says() {
             noise: 0.0,
             ..Device::study_t4().profile
         },
+        ..Device::study_t4()
     };
     for backend in BACKENDS {
         for (load, tolerance) in [(0.3, 0.05), (0.6, 0.05), (0.8, 0.08)] {

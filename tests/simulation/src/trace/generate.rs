@@ -128,6 +128,15 @@ impl Shape {
         }
     }
 
+    /// When load jumps, where it does so once.
+    pub fn jump(self) -> Option<f64> {
+        match self {
+            Shape::Step => Some(1200.0),
+            Shape::Spike => Some(1800.0),
+            _ => None,
+        }
+    }
+
     /// A trace of this shape whose highest rate is `peak` requests a second.
     pub fn generate(self, peak: f64, mix: &Mix, seed: u64) -> Trace {
         let mut random = Random::of(seed, self.name());

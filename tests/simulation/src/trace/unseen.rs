@@ -1,5 +1,5 @@
-//! Kinds of traffic on which nothing was tuned: drawn from what is written here, not from the
-//! recorded trace.
+//! Kinds of traffic on which nothing was tuned: drawn from what is written here, all but one not from
+//! the recorded trace.
 
 use super::{Mix, Shape, Trace};
 use crate::random::Random;
@@ -12,19 +12,27 @@ pub enum Unseen {
     LongChat,
     /// The recorded trace's requests, eight minutes up and down.
     UpAndDown,
+    /// A classifier: requests that are all alike, and a word or two for an answer, over one wave.
+    Classifier,
 }
 
 /// Requests to draw from.
 const DRAWN: usize = 20_000;
 
 impl Unseen {
-    pub const ALL: [Unseen; 3] = [Unseen::CodeCompletion, Unseen::LongChat, Unseen::UpAndDown];
+    pub const ALL: [Unseen; 4] = [
+        Unseen::CodeCompletion,
+        Unseen::LongChat,
+        Unseen::UpAndDown,
+        Unseen::Classifier,
+    ];
 
     pub fn name(self) -> &'static str {
         match self {
             Unseen::CodeCompletion => "code-completion",
             Unseen::LongChat => "long-chat",
             Unseen::UpAndDown => "up-and-down",
+            Unseen::Classifier => "classifier",
         }
     }
 
@@ -44,6 +52,7 @@ impl Unseen {
             Unseen::CodeCompletion => (Shape::Diurnal, 5.0, drawn((1800.0, 0.7), (20.0, 0.8))),
             Unseen::LongChat => (Shape::Diurnal, 1.5, drawn((5000.0, 0.7), (200.0, 0.7))),
             Unseen::UpAndDown => (Shape::Swing, 7.0, recorded.clone()),
+            Unseen::Classifier => (Shape::Diurnal, 7.0, Mix::fixed(2000, 4)),
         };
         Trace {
             name: self.name().into(),
@@ -70,6 +79,7 @@ mod tests {
                 Unseen::CodeCompletion => assert!(prompt > 1800.0 && output < 40.0),
                 Unseen::LongChat => assert!(prompt > 5000.0 && output > 200.0),
                 Unseen::UpAndDown => assert_eq!((prompt, output), (1000.0, 200.0)),
+                Unseen::Classifier => assert_eq!((prompt, output), (2000.0, 4.0)),
             }
         }
     }

@@ -8,8 +8,8 @@ use stoker_autoscaler::{
 };
 use stoker_law::Law;
 
-use crate::fit;
-use crate::wire::{self, Advice, State};
+use crate::fit::{self, Steps};
+use crate::wire::{self, Advice, Counters as Counted, State};
 
 /// The protocol's time 0 on the policy's clock.
 const EPOCH: f64 = 1_700_000_000.0;
@@ -34,12 +34,16 @@ const LENGTH: [f64; 15] = [
     1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0, 200.0, 500.0, 1e3, 2e3, 5e3, 1e4, 2e4, 5e4,
 ];
 
+/// A replica that is slower or faster by more than this factor has a law of its own.
+const UNLIKE: f64 = 1.15;
+
 /// What is known of a replica beyond its newest counters.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug, Default)]
 struct Known {
     ready_since: f64,
     /// Requests that met all goals: never less than it was.
     met: f64,
+    counters: Counted,
 }
 
 #[derive(Default)]
@@ -47,8 +51,10 @@ pub struct Advisor {
     memory: Option<Memory>,
     /// Dials at the first look.
     initial: Option<Dials>,
-    /// Replicas of the last look.
+    /// Replicas of the last look, and the budget in force since then.
     known: BTreeMap<String, Known>,
+    budget: u32,
+    steps: Steps,
 }
 
 impl Advisor {
@@ -59,10 +65,9 @@ impl Advisor {
             max_num_batched_tokens: seen.max_num_batched_tokens,
         };
         let initial = *self.initial.get_or_insert(dials);
-        let fleet = &seen.fleet;
-        let budget = seen.max_num_batched_tokens;
-        let common = fit::law(&fleet.reg_decode, &fleet.reg_prefill, budget);
-        let replicas = self.replicas(seen, now, dials, common);
+        self.count_steps(seen);
+        let law = self.steps.law();
+        let replicas = self.replicas(seen, now, dials, law);
         let observation = Observation {
             queue: None,
             now,
@@ -85,43 +90,52 @@ impl Advisor {
         }
     }
 
+    /// Counts the steps since the last look, but those while the budget moved: nobody knows which of
+    /// them were made under which. What was before the first look counts as under the one in force.
+    fn count_steps(&mut self, seen: &wire::Observation) {
+        let budget = seen.max_num_batched_tokens;
+        let moved = self.memory.is_some() && self.budget != budget;
+        self.budget = budget;
+        for replica in seen.replicas.iter().filter(|_| !moved) {
+            let known = self.known.get(&id_of(replica));
+            let before = known.map(|known| known.counters.clone());
+            let before = before.unwrap_or_default();
+            self.steps.add(&before, &replica.counters, budget);
+        }
+    }
+
     fn replicas(
         &mut self,
         seen: &wire::Observation,
         now: f64,
         dials: Dials,
-        common: Option<Law>,
+        law: Option<Law>,
     ) -> Vec<Replica> {
         let first = self.memory.is_none();
         let mut known = BTreeMap::new();
         let replicas = seen.replicas.iter().map(|replica| {
-            let id = match &replica.id {
-                serde_json::Value::String(name) => name.clone(),
-                other => other.to_string(),
-            };
+            let id = id_of(replica);
             let phase = match replica.state {
                 State::Starting => Phase::Starting,
                 State::Ready => Phase::Ready,
                 State::Draining => Phase::Draining,
             };
-            let mut before = self.known.get(&id).copied().unwrap_or(Known {
+            let mut before = self.known.remove(&id).unwrap_or_else(|| Known {
                 ready_since: if first { now - replica.age_s } else { now },
-                met: 0.0,
+                ..Known::default()
             });
+            let ready_since = before.ready_since;
             let serves = phase != Phase::Starting;
-            let sample = serves.then(|| sample(replica, seen, now, dials, common, &mut before));
+            let sample = serves.then(|| sample(replica, seen, now, dials, law, &mut before));
             if serves {
+                before.counters = replica.counters.clone();
                 known.insert(id.clone(), before);
             }
             Replica {
                 id,
                 phase,
                 age_seconds: replica.age_s,
-                ready_seconds: if serves {
-                    now - before.ready_since
-                } else {
-                    0.0
-                },
+                ready_seconds: if serves { now - ready_since } else { 0.0 },
                 sample,
             }
         });
@@ -131,21 +145,25 @@ impl Advisor {
     }
 }
 
+fn id_of(replica: &wire::Replica) -> String {
+    match &replica.id {
+        serde_json::Value::String(name) => name.clone(),
+        other => other.to_string(),
+    }
+}
+
 fn sample(
     replica: &wire::Replica,
     seen: &wire::Observation,
     now: f64,
     dials: Dials,
-    common: Option<Law>,
+    law: Option<Law>,
     known: &mut Known,
 ) -> Sample {
     let told = &replica.counters;
-    let own = fit::law(
-        &told.reg_decode,
-        &told.reg_prefill,
-        dials.max_num_batched_tokens,
-    );
-    let law = own.or(common);
+    let slowness = law.and_then(|law| fit::slowness(&law, &told.reg_decode));
+    let unlike = |factor: &f64| *factor > UNLIKE || *factor < 1.0 / UNLIKE;
+    let law = law.map(|law| law.slowed(slowness.filter(unlike).unwrap_or(1.0)));
     // A first token that is late is counted before its request ends.
     let missed = told.ttft_over_goal + told.itl_over_goal + told.timeouts;
     known.met = known.met.max(told.finished - missed);

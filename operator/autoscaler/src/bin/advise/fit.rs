@@ -2,48 +2,81 @@
 
 use stoker_law::{Law, StepShape};
 
-use crate::wire::Sums;
+use crate::wire::{Counters, Sums};
 
 /// Steps without and with prompts below which nothing is fitted.
 const LEAST_DECODES: f64 = 100.0;
 const LEAST_PREFILLS: f64 = 20.0;
-/// Normal quantiles in the middle of each eighth of the probability.
-const EIGHTHS: [f64; 8] = [
-    -1.5341, -0.8871, -0.4888, -0.1573, 0.1573, 0.4888, 0.8871, 1.5341,
-];
+/// What the guess of how much hides counts, where the steps don't tell: as a time that is off by so much.
+const GUESS: f64 = 0.02;
+/// Lengths that stand for all.
+const POINTS: usize = 16;
+/// Budgets of which steps are kept.
+const MOST_BUDGETS: usize = 12;
+/// Steps with prompts from which on more of them tell little: what is off is the shape assumed of
+/// their lengths.
+const ENOUGH: f64 = 100.0;
 
-/// `None` while there are too few steps.
-///
+/// Steps of all replicas, those with prompts by the budget that they were put together under: sums over
+/// more than one budget have no law.
+#[derive(Default)]
+pub struct Steps {
+    decodes: Sums,
+    prefills: Vec<(u32, Sums)>,
+}
+
+impl Steps {
+    /// Adds what a replica did since it was looked at before, while the budget stood; one that was
+    /// restarted meanwhile counts from nothing.
+    pub fn add(&mut self, before: &Counters, now: &Counters, budget: u32) {
+        let since = |now: &Sums, before: &Sums| {
+            let restarted = now.n < before.n;
+            now.less(if restarted { Sums::default() } else { *before })
+        };
+        let prefills = since(&now.reg_prefill, &before.reg_prefill);
+        self.decodes = (self.decodes).plus(since(&now.reg_decode, &before.reg_decode));
+        match (self.prefills.iter_mut()).find(|(known, _)| *known == budget) {
+            Some((_, sums)) => *sums = sums.plus(prefills),
+            None => self.prefills.push((budget, prefills)),
+        }
+        if self.prefills.len() > MOST_BUDGETS {
+            let fewest = (self.prefills.iter().enumerate())
+                .filter(|(_, (other, _))| *other != budget)
+                .min_by(|(_, a), (_, b)| a.1.n.total_cmp(&b.1.n));
+            if let Some((place, _)) = fewest {
+                self.prefills.remove(place);
+            }
+        }
+    }
+
+    /// The law behind the steps; `None` while there are too few.
+    pub fn law(&self) -> Option<Law> {
+        law(&self.decodes, &self.prefills)
+    }
+}
+
+/// How much slower than `law` says a replica's steps without prompts are; `None` while there are too
+/// few.
+pub fn slowness(law: &Law, decodes: &Sums) -> Option<f64> {
+    let n = decodes.n;
+    let expected = (law.base + (1.0 - law.hidden) * law.per_token * decodes.s / n)
+        + law.per_kv_token * decodes.k / n
+        + law.per_sequence * decodes.s / n;
+    (n >= LEAST_DECODES).then(|| decodes.y / n / expected)
+}
+
 /// Steps without prompts give the memory-bound terms by least squares. For those with prompts only
 /// means and slopes are known, so that the other terms are those with which prompts of that mean
-/// and variance take that mean time and show that slope.
-pub fn law(decode: &Sums, prefill: &Sums, budget: u32) -> Option<Law> {
-    if decode.n < LEAST_DECODES || prefill.n < LEAST_PREFILLS {
+/// and variance take that mean time and show that slope, under one budget and the next.
+fn law(decode: &Sums, prefills: &[(u32, Sums)]) -> Option<Law> {
+    let regimes: Vec<Regime> = (prefills.iter())
+        .filter(|(_, sums)| sums.n >= LEAST_PREFILLS)
+        .map(|(budget, sums)| Regime::new(sums, *budget))
+        .collect();
+    if decode.n < LEAST_DECODES || regimes.is_empty() {
         return None;
     }
     let (base, per_kv_token, beside) = memory_bound(decode)?;
-    let n = prefill.n;
-    let (y, s, k, p) = (prefill.y / n, prefill.s / n, prefill.k / n, prefill.p / n);
-    let variance = (prefill.pp / n - p * p).max(0.0);
-    let slope = (prefill.yp / n - y * p) / variance.max(1e-9);
-    let prompts = prompts(p, variance, f64::from(budget));
-
-    let predicted = |law: &Law| {
-        let seconds = prompts.map(|p| {
-            law.step_seconds(StepShape {
-                sequences: s as u32,
-                tokens: (s + p) as u32,
-                kv_tokens: k as u64,
-            })
-        });
-        let mean = seconds.iter().sum::<f64>() / 8.0;
-        let center = prompts.iter().sum::<f64>() / 8.0;
-        let (product, square) = (seconds.iter().zip(&prompts)).fold((0.0, 0.0), |sum, (y, p)| {
-            let off = p - center;
-            (sum.0 + off * (y - mean), sum.1 + off * off)
-        });
-        (mean, product / f64::max(square, 1e-9))
-    };
     let with = |hidden: f64, per_token: f64| Law {
         base,
         per_kv_token,
@@ -52,37 +85,119 @@ pub fn law(decode: &Sums, prefill: &Sums, budget: u32) -> Option<Law> {
         per_sequence: (beside - (1.0 - hidden) * per_token).max(0.0),
         hidden,
     };
+    let dearest = regimes.iter().map(|r| r.seconds / r.tokens.max(1.0));
+    let dearest = dearest.fold(0.0, f64::max);
     let candidates = (0..=20).map(|step| {
         let hidden = f64::from(step) / 20.0;
-        let (mut low, mut high) = (0.0, y / p.max(1.0));
+        let (mut low, mut high) = (0.0, dearest);
         for _ in 0..30 {
             let middle = f64::midpoint(low, high);
-            if predicted(&with(hidden, middle)).0 < y {
+            let law = with(hidden, middle);
+            let off = regimes.iter().map(|r| r.weight * r.off(&law).0);
+            if off.sum::<f64>() < 0.0 {
                 low = middle;
             } else {
                 high = middle;
             }
         }
         let law = with(hidden, high);
-        let (mean, steep) = predicted(&law);
-        let off = (mean / y - 1.0).abs() + (steep - slope).abs() / slope.abs().max(1e-9);
-        (off, law)
+        let off = regimes.iter().map(|r| {
+            let (mean, steep) = r.off(&law);
+            r.weight * (mean.abs() + steep.abs())
+        });
+        let guess = GUESS * (hidden - Law::typical(base).hidden).abs();
+        (off.sum::<f64>() + guess, law)
     });
     let best = candidates.min_by(|a, b| a.0.total_cmp(&b.0))?;
     Some(best.1)
 }
 
-/// Prompt tokens of a step that stand for an eighth of the steps each: log-normally distributed, up
-/// to the budget.
-fn prompts(mean: f64, variance: f64, budget: f64) -> [f64; 8] {
-    let sigma = (variance / (mean * mean).max(1e-9)).ln_1p().sqrt();
-    let mut lengths = EIGHTHS.map(|z| (sigma * z).exp());
-    // What the budget cuts off is made up for by the rest.
-    for _ in 0..4 {
-        let scale = 8.0 * mean / lengths.iter().sum::<f64>().max(1e-9);
-        lengths = lengths.map(|x| (x * scale).min(budget.max(1.0)));
+/// Steps with prompts under one budget: their means, and how their time goes with the prompt tokens.
+struct Regime {
+    seconds: f64,
+    sequences: f64,
+    kv_tokens: f64,
+    tokens: f64,
+    slope: f64,
+    /// Standard deviation of the prompt tokens.
+    deviation: f64,
+    prompts: [f64; POINTS],
+    weight: f64,
+}
+
+impl Regime {
+    fn new(sums: &Sums, budget: u32) -> Self {
+        let n = sums.n;
+        let (y, p) = (sums.y / n, sums.p / n);
+        let variance = (sums.pp / n - p * p).max(0.0);
+        Regime {
+            seconds: y,
+            sequences: sums.s / n,
+            kv_tokens: sums.k / n,
+            tokens: p,
+            slope: (sums.yp / n - y * p) / variance.max(1e-9),
+            deviation: variance.sqrt(),
+            prompts: prompts(p, variance, (f64::from(budget) - sums.s / n).max(1.0)),
+            weight: n / (n + ENOUGH),
+        }
     }
-    lengths
+
+    /// By how much a law's mean time is off, and its time for prompts a standard deviation longer for its
+    /// slope, relative to the mean time that was measured.
+    fn off(&self, law: &Law) -> (f64, f64) {
+        let seconds = self.prompts.map(|p| {
+            law.step_seconds(StepShape {
+                sequences: self.sequences as u32,
+                tokens: (self.sequences + p) as u32,
+                kv_tokens: self.kv_tokens as u64,
+            })
+        });
+        let mean = seconds.iter().sum::<f64>() / POINTS as f64;
+        let center = self.prompts.iter().sum::<f64>() / POINTS as f64;
+        let (product, square) =
+            (seconds.iter().zip(&self.prompts)).fold((0.0, 0.0), |sum, (y, p)| {
+                let off = p - center;
+                (sum.0 + off * (y - mean), sum.1 + off * off)
+            });
+        let slope = product / f64::max(square, 1e-9);
+        let steep = (slope - self.slope) * self.deviation;
+        (mean / self.seconds - 1.0, steep / self.seconds)
+    }
+}
+
+/// Prompt tokens of a step that stand for a sixteenth of the steps each: long prompts fill step after
+/// step up to what the budget leaves, and what is left of them, like prompts that are shorter, spreads
+/// evenly; both so that mean and variance are what was measured.
+fn prompts(mean: f64, variance: f64, room: f64) -> [f64; POINTS] {
+    let mean = mean.min(room);
+    let rest = |full: f64| {
+        let middle = ((mean - full * room) / (1.0 - full)).clamp(0.0, room);
+        (middle, 2.0 * middle.min(room - middle))
+    };
+    let spread = |full: f64| {
+        let (middle, width) = rest(full);
+        let square = middle * middle + width * width / 12.0;
+        full * room * room + (1.0 - full) * square - mean * mean
+    };
+    let (mut low, mut high) = (0.0, 0.999 * mean / room);
+    for _ in 0..30 {
+        let full = f64::midpoint(low, high);
+        if spread(full) < variance {
+            low = full;
+        } else {
+            high = full;
+        }
+    }
+    let (middle, width) = rest(low);
+    let width = width.min((12.0 * variance / (1.0 - low)).sqrt());
+    std::array::from_fn(|i| {
+        let place = (i as f64 + 0.5) / POINTS as f64 / (1.0 - low);
+        if place < 1.0 {
+            middle + width * (place - 0.5)
+        } else {
+            room
+        }
+    })
 }
 
 /// Seconds of an empty step, of a cached token and of a sequence.
@@ -170,7 +285,7 @@ mod tests {
                     hidden,
                 };
                 let (decode, prefill) = steps(&truth, budget);
-                let law = law(&decode, &prefill, budget).unwrap();
+                let law = law(&decode, &[(budget, prefill)]).unwrap();
                 for (sequences, tokens) in [(4, 4), (16, 16), (12, 256), (12, 512), (12, 2048)] {
                     let shape = StepShape {
                         sequences,
@@ -191,7 +306,39 @@ mod tests {
     }
 
     #[test]
+    fn steps_count_for_the_budget_that_they_were_made_under() {
+        let truth = Law {
+            base: 27.5e-3,
+            per_kv_token: 0.36e-6,
+            per_token: 0.27e-3,
+            per_sequence: 0.2e-3,
+            hidden: 1.0,
+        };
+        let (mut seen, mut all) = (Steps::default(), Counters::default());
+        for budget in [160, 2048, 224, 352] {
+            let before = all.clone();
+            let (decode, prefill) = steps(&truth, budget);
+            all.reg_decode = all.reg_decode.plus(decode);
+            all.reg_prefill = all.reg_prefill.plus(prefill);
+            seen.add(&before, &all, budget);
+        }
+        let law = seen.law().unwrap();
+        assert!(law.hidden >= 0.9, "{law:?}");
+        assert!(
+            (law.per_token / truth.per_token - 1.0).abs() < 0.05,
+            "{law:?}"
+        );
+        let (decode, _) = steps(&truth.slowed(2.0), 352);
+        let slow = slowness(&law, &decode).unwrap();
+        assert!((slow - 2.0).abs() < 0.1, "{slow}");
+        // A restart counts from nothing.
+        let n = seen.decodes.n;
+        seen.add(&all, &Counters::default(), 352);
+        assert_eq!(seen.decodes.n, n);
+    }
+
+    #[test]
     fn a_few_steps_are_no_law() {
-        assert_eq!(law(&Sums::default(), &Sums::default(), 256), None);
+        assert_eq!(law(&Sums::default(), &[(256, Sums::default())]), None);
     }
 }

@@ -19,8 +19,6 @@ pub struct Observation {
     pub start_s: Option<f64>,
     pub goals: Goals,
     pub replicas: Vec<Replica>,
-    #[serde(default)]
-    pub fleet: Counters,
 }
 
 #[derive(Clone, Copy, Debug, Deserialize)]
@@ -95,6 +93,33 @@ pub struct Sums {
     pub ys: f64,
     pub yk: f64,
     pub yp: f64,
+}
+
+impl Sums {
+    fn with(self, other: Self, of: impl Fn(f64, f64) -> f64) -> Self {
+        Sums {
+            n: of(self.n, other.n),
+            y: of(self.y, other.y),
+            s: of(self.s, other.s),
+            k: of(self.k, other.k),
+            p: of(self.p, other.p),
+            ss: of(self.ss, other.ss),
+            sk: of(self.sk, other.sk),
+            kk: of(self.kk, other.kk),
+            pp: of(self.pp, other.pp),
+            ys: of(self.ys, other.ys),
+            yk: of(self.yk, other.yk),
+            yp: of(self.yp, other.yp),
+        }
+    }
+
+    pub fn plus(self, other: Self) -> Self {
+        self.with(other, |a, b| a + b)
+    }
+
+    pub fn less(self, other: Self) -> Self {
+        self.with(other, |a, b| a - b)
+    }
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
