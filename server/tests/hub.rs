@@ -265,5 +265,5 @@ fn a_gpu_that_isnt_there_ends_the_server_with_the_reason() {
         "has no GPU for this process",
     ];
     assert!(reasons.iter().any(|reason| text.contains(reason)), "{text}");
-    assert_eq!(code, 1, "{text}");
+    assert_eq!(code, 3, "{text}");
 }

@@ -1,5 +1,5 @@
 //! Products of few rows, whose time is that of reading the weights: through shared memory on Hopper
-//! (thin.cu), else straight into registers (skinny.cu).
+//! (thin.cuh), else straight into registers (skinny.cu).
 #![allow(unsafe_code)]
 
 use half::f16;
