@@ -12,7 +12,8 @@ use std::{
     time::{Duration, Instant},
 };
 
-use common::stand_in::{Fault, GOOD_TOKEN, OTHER_TOKEN, StandIn};
+use common::stand_in::{Fault, GOOD_TOKEN, OTHER_TOKEN, StandIn, hex};
+use sha2::{Digest, Sha256};
 use stoker_hub::{HubError, ModelSource, Options, Patience, Progress, Token, fetch};
 
 const MODEL: &str = "test/tiny";
@@ -25,6 +26,10 @@ fn content(seed: u32, len: usize) -> Vec<u8> {
 }
 
 /// A hub with a checkpoint of two shards.
+fn sha256(content: &[u8]) -> String {
+    hex(&Sha256::digest(content))
+}
+
 fn hub() -> StandIn {
     let hub = StandIn::start();
     let index = serde_json::json!({"weight_map": {
@@ -177,10 +182,7 @@ async fn another_process_goes_on_where_one_ended() {
     ));
     // What it would have left after a while.
     let blobs = cache.path().join("models--test--tiny/blobs");
-    let sum = common::stand_in::hex(&{
-        use sha2::Digest;
-        sha2::Sha256::digest(content(1, WEIGHTS))
-    });
+    let sum = sha256(&content(1, WEIGHTS));
     let partial = blobs.join(format!("{sum}.incomplete"));
     fs::write(&partial, &content(1, WEIGHTS)[..200_000]).unwrap();
     let hub = self::hub();
@@ -285,9 +287,11 @@ async fn lasting_errors_end_with_the_number_of_tries() {
 #[tokio::test]
 async fn a_stalled_connection_counts_as_cut() {
     let (hub, cache) = (hub(), tempfile::tempdir().unwrap());
-    hub.fault("?signature", 1, Fault::Stall(100_000));
+    // Of files that come at once, the one that is long enough to stall.
+    let weights = sha256(&content(1, WEIGHTS));
+    hub.fault(&weights, 1, Fault::Stall(100_000));
     let mut options = options(&hub, cache.path());
-    options.patience.stall = Duration::from_secs(2);
+    options.patience.stall = Duration::from_millis(500);
     assert_complete(&get("hf://test/tiny", &options).await.unwrap());
     assert!(hub.seen().iter().any(|seen| seen.from > 0));
 }
