@@ -40,8 +40,8 @@ pub struct Memory {
     pub(crate) low: Low,
     pub(crate) raised_at: Option<f64>,
     pub(crate) lowered_at: Option<f64>,
-    /// Replicas before the first of the scale-downs in a row.
-    pub(crate) lowered_from: u32,
+    /// Replicas before the first of the scale-downs in a row, and after the last.
+    pub(crate) lowered: (u32, u32),
     /// When requests missed their objectives for replicas that had just been taken away.
     pub(crate) regretted_at: Option<f64>,
     pub(crate) turns: Turns,
@@ -283,11 +283,10 @@ impl Memory {
         self
     }
 
-    /// Notes a scale-down from so many.
-    pub(crate) fn lower(&mut self, from: u32, now: f64) {
-        if self.turns.was_upwards() || self.lowered_at.is_none() {
-            self.lowered_from = from;
-        }
+    /// Notes a scale-down.
+    pub(crate) fn lower(&mut self, from: u32, to: u32, now: f64) {
+        let first = self.turns.was_upwards() || self.lowered_at.is_none();
+        self.lowered = (if first { from } else { self.lowered.0 }, to);
         self.lowered_at = Some(now);
         self.turns.note(now, false);
     }

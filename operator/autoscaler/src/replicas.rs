@@ -391,10 +391,11 @@ pub(crate) fn plan(
         && memory.low.lasted(now, current - 1) >= BETWEEN_STEPS
         && (current - enough >= 2 || memory.turns.wait(now, MOST_TURNS) <= 0.0)
     {
-        memory.lower(current, now);
+        let to = bounded(enough, limits);
+        memory.lower(current, to, now);
         return Plan::Lower {
             from: current,
-            to: bounded(enough, limits),
+            to,
             seconds: BETWEEN_STEPS as u32,
             again: true,
         };
@@ -419,12 +420,13 @@ pub(crate) fn plan(
             seconds_left: left.ceil() as u32,
         };
     }
-    memory.lower(current, now);
     // Half of what nobody has needed for that long: the other half is the proof.
     let unneeded = current.saturating_sub(memory.low.most(now, patience).max(floor));
+    let to = bounded(current - unneeded.div_ceil(2).max(1), limits);
+    memory.lower(current, to, now);
     Plan::Lower {
         from: current,
-        to: bounded(current - unneeded.div_ceil(2).max(1), limits),
+        to,
         seconds: patience.round() as u32,
         again: false,
     }
@@ -436,9 +438,11 @@ pub(crate) fn plan(
 fn regret(scene: &Scene, demand: &Demand, capacity: Option<Capacity>, memory: &mut Memory) -> f64 {
     let (now, ready) = (scene.now, scene.census.ready());
     let start = memory.starts.slowest();
-    let lowered = memory.lowered_at.is_some_and(|at| now - at < start);
-    let fewer = lowered && 2 * ready <= memory.lowered_from;
-    if fewer && !demand.idle && suffers(scene, demand, capacity, ready) {
+    let (from, to) = memory.lowered;
+    let came_back = memory.lowered_at.is_some_and(|at| now - at < start)
+        && memory.raised_at > memory.lowered_at;
+    let missed = 2 * to <= from && ready < from;
+    if came_back && missed && !demand.idle && suffers(scene, demand, capacity, ready) {
         memory.regretted_at = Some(now);
     }
     let regrets = (memory.regretted_at).is_some_and(|at| (0.0..REGRET).contains(&(now - at)));

@@ -162,10 +162,21 @@ pub fn search(setup: &Setup, trace: &Trace, runs: u32) -> Option<Oracle> {
 }
 
 /// The best that comes of an order `delay` seconds after load jumped, which must be a multiple of it: the
-/// fleet that load needs before, and from there on whatever size turns out best, in hindsight.
-pub fn after_jump(setup: &Setup, trace: &Trace, jump: f64, delay: f64) -> Option<(u32, Outcome)> {
-    let before = first_fleet(setup, trace);
-    let setup = setup.with_replicas(before);
+/// smallest constant fleet that is good enough before, and from there on whatever size turns out best, in
+/// hindsight. Replicas before and after, and the outcome.
+pub fn after_jump(
+    setup: &Setup,
+    trace: &Trace,
+    jump: f64,
+    delay: f64,
+) -> Option<(u32, u32, Outcome)> {
+    let constant = |n: u32, trace: &Trace| {
+        let mut fixed = crate::policy::Fixed::new(n, setup.dials);
+        simulate(&setup.with_replicas(n), trace, &mut fixed)
+    };
+    let until = trace.between(0.0, jump);
+    let before = (setup.min_replicas..=setup.max_replicas)
+        .find(|&n| constant(n, &until).score.good >= setup.goals.good_percent)?;
     let slots = ((trace.duration + TAIL) / delay).ceil() as usize;
     let first = (jump / delay).round() as usize + 1;
     let ordered = |n: u32| {
@@ -175,10 +186,11 @@ pub fn after_jump(setup: &Setup, trace: &Trace, jump: f64, delay: f64) -> Option
             replicas: (0..slots).map(place).collect(),
             dials: setup.dials,
         };
-        (n, simulate(&setup, trace, &mut schedule))
+        let outcome = simulate(&setup.with_replicas(before), trace, &mut schedule);
+        (before, n, outcome)
     };
     let outcomes = (before..=setup.max_replicas.min(4 * before + 8)).map(ordered);
-    outcomes.max_by(|a, b| a.1.score.good.total_cmp(&b.1.score.good))
+    outcomes.max_by(|a, b| a.2.score.good.total_cmp(&b.2.score.good))
 }
 
 /// For each slot the heaviest load of the next minutes, in which a replica that is made now serves;

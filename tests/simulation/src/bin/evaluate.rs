@@ -197,10 +197,10 @@ fn react(traces: &[(&str, Trace)], setup: &Setup, delay: f64) {
     for (case, trace) in traces {
         let jump = Shape::by_name(case).and_then(Shape::jump);
         let best = jump.and_then(|jump| oracle::after_jump(setup, trace, jump, delay));
-        if let Some((replicas, outcome)) = best {
+        if let Some((before, after, outcome)) = best {
             let good = outcome.score.good;
             println!(
-                "{case}: {good:.2} % good with {replicas} replicas from {delay} s after the jump"
+                "{case}: {before} to {after} replicas {delay} s after the jump: {good:.2} % good"
             );
         }
     }

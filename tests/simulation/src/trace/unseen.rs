@@ -1,5 +1,4 @@
-//! Kinds of traffic on which nothing was tuned: drawn from what is written here, all but one not from
-//! the recorded trace.
+//! Kinds of traffic unlike the recorded trace's: all but one drawn from what is written here.
 
 use super::{Mix, Shape, Trace};
 use crate::random::Random;
