@@ -37,6 +37,15 @@ fn t4() -> (Law, u64) {
     (law, 69_754)
 }
 
+/// The reference study's T4.
+const STUDY_T4: Law = Law {
+    base: 27.5e-3,
+    per_kv_token: 0.36e-6,
+    per_token: 0.27e-3,
+    per_sequence: 0.2e-3,
+    hidden: 1.0,
+};
+
 fn h100() -> (Law, u64) {
     let law = Law {
         base: 2.37e-3,
@@ -92,13 +101,7 @@ fn a_t4_with_1000_token_prompts_gets_what_the_study_found() {
 /// The figures of docs/autoscaling.md.
 #[test]
 fn the_worked_example() {
-    let law = Law {
-        base: 27.5e-3,
-        per_kv_token: 0.36e-6,
-        per_token: 0.27e-3,
-        per_sequence: 0.2e-3,
-        hidden: 1.0,
-    };
+    let law = STUDY_T4;
     let mix = Mix {
         outputs: Mix::UNKNOWN.outputs,
         prompt: 1155.0,
@@ -173,13 +176,7 @@ fn larger_devices_get_larger_caps_and_carry_more() {
 /// Below what a replica is worth at least, dials are still told apart by what they really carry.
 #[test]
 fn very_long_prompts_get_the_budget_that_carries_most_of_them() {
-    let law = Law {
-        base: 27.5e-3,
-        per_kv_token: 0.36e-6,
-        per_token: 0.27e-3,
-        per_sequence: 0.2e-3,
-        hidden: 1.0,
-    };
+    let law = STUDY_T4;
     let (dials, one) = pick((law, 60_000), mix(6300.0, 250.0, 0.5), ItlOf::Mean);
     let model = ReplicaModel::new(
         law,

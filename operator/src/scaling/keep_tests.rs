@@ -8,6 +8,7 @@ use stoker_autoscaler::Dials;
 use super::*;
 use crate::testing::{Server, answer, body_of, mock_client, recorder, refusal};
 
+const MAPS: &str = "/api/v1/namespaces/ns/configmaps";
 const PATH: &str = "/api/v1/namespaces/ns/configmaps/chat-memory";
 
 fn service(uid: &str) -> InferenceService {
@@ -196,33 +197,16 @@ async fn what_is_somebody_elses_is_left_alone() {
 #[tokio::test(start_paused = true)]
 async fn it_is_written_once_a_minute_and_only_when_it_has_changed() {
     let (keeper, mut server) = keeper();
-    let maps = "/api/v1/namespaces/ns/configmaps";
     let api_server = tokio::spawn(async move {
         let mut writes = Vec::new();
         next(&mut server, Method::GET, PATH, 404, &json!({})).await;
-        writes.push(
-            next(
-                &mut server,
-                Method::POST,
-                maps,
-                201,
-                &stored(&memory(1), "u"),
-            )
-            .await,
-        );
+        let found = stored(&memory(1), "u");
+        writes.push(next(&mut server, Method::POST, MAPS, 201, &found).await);
         // Somebody has deleted it.
         next(&mut server, Method::PATCH, PATH, 409, &json!({})).await;
         next(&mut server, Method::GET, PATH, 404, &json!({})).await;
-        writes.push(
-            next(
-                &mut server,
-                Method::POST,
-                maps,
-                201,
-                &stored(&memory(3), "u"),
-            )
-            .await,
-        );
+        let found = stored(&memory(3), "u");
+        writes.push(next(&mut server, Method::POST, MAPS, 201, &found).await);
         assert!(server.next_request().await.is_none(), "one write too many");
         writes
     });

@@ -91,17 +91,30 @@ pub enum FewOut<'a> {
     },
 }
 
-/// The weights of a product.
-pub(super) enum Matrix<'a> {
-    Halves(&'a Weights),
+/// The weights of a product, of any type.
+#[derive(Clone, Copy)]
+pub enum AnyWeights<'a> {
+    F16(&'a Weights),
     Quantised(&'a Quantised),
 }
 
-impl Matrix<'_> {
+impl<'a> From<&'a Weights> for AnyWeights<'a> {
+    fn from(w: &'a Weights) -> Self {
+        Self::F16(w)
+    }
+}
+
+impl<'a> From<&'a Quantised> for AnyWeights<'a> {
+    fn from(w: &'a Quantised) -> Self {
+        Self::Quantised(w)
+    }
+}
+
+impl AnyWeights<'_> {
     /// Outputs and inputs.
     pub(super) fn size(&self) -> (usize, usize) {
         match self {
-            Self::Halves(w) => (w.rows(), w.cols()),
+            Self::F16(w) => (w.rows(), w.cols()),
             Self::Quantised(w) => (w.rows(), w.cols()),
         }
     }
@@ -227,7 +240,15 @@ impl Kernels {
     }
 
     /// All cuts of a product of so many rows that can be asked for.
-    pub fn few_tiles(&self, out: &FewOut, rows: usize) -> Vec<FewTile> {
+    pub fn few_tiles<'a>(
+        &self,
+        w: impl Into<AnyWeights<'a>>,
+        out: &FewOut,
+        rows: usize,
+    ) -> Vec<FewTile> {
+        if let AnyWeights::Quantised(_) = w.into() {
+            return self.few_tiles_quantised(out, rows);
+        }
         let groups = groups(rows);
         let skinny = CUTS
             .iter()
@@ -241,14 +262,14 @@ impl Kernels {
     }
 
     /// What is fastest on the whole, as measured (docs/kernels.md).
-    fn few_tile(&self, w: &Matrix, out: &FewOut, rows: usize) -> FewTile {
+    fn few_tile(&self, w: AnyWeights, out: &FewOut, rows: usize) -> FewTile {
         if self.has_wgmma() {
             let processors = self.gpu().processors() as usize;
             return FewTile::Thin {
                 outputs: thin::best(out, w, processors),
             };
         }
-        if let Matrix::Quantised(w) = w {
+        if let AnyWeights::Quantised(w) = w {
             return quantised_products::skinny_tile(w.bits(), out, rows);
         }
         let (warps, tiles) = match (out, groups(rows)) {
@@ -268,34 +289,27 @@ impl Kernels {
         outputs.div_ceil(128)
     }
 
-    /// `x * w^T` for at most [`Kernels::few_rows`] rows, and what follows it. Gives the parts that
-    /// [`FewOut::Residual`] has its squares in, or [`FewOut::Logits`] its highest. `tile` chooses
-    /// how it's cut; `None`: the best known.
-    pub fn few(
+    /// `x * w^T` for at most [`Kernels::few_rows`] rows (with quantised weights
+    /// [`FEW_ROWS_QUANTISED`](quantised_products::FEW_ROWS_QUANTISED)), and what follows it. Gives the
+    /// parts that [`FewOut::Residual`] has its squares in, or [`FewOut::Logits`] its highest. `tile`
+    /// chooses how it's cut; `None`: the best known.
+    pub fn few<'a>(
         &self,
         stream: &Stream,
         rows: usize,
         input: FewIn,
-        w: &Weights,
+        w: impl Into<AnyWeights<'a>>,
         out: FewOut,
         tile: Option<FewTile>,
     ) -> Result<usize, CudaError> {
-        if rows > self.few_rows() {
-            check("rows of a product of few", rows, self.few_rows())?;
+        let w = w.into();
+        let most = match w {
+            AnyWeights::F16(_) => self.few_rows(),
+            AnyWeights::Quantised(_) => quantised_products::FEW_ROWS_QUANTISED,
+        };
+        if rows > most {
+            check("rows of a product of few", rows, most)?;
         }
-        self.few_of(stream, rows, input, &Matrix::Halves(w), out, tile)
-    }
-
-    /// [`Kernels::few`], with weights of any type.
-    pub(super) fn few_of(
-        &self,
-        stream: &Stream,
-        rows: usize,
-        input: FewIn,
-        w: &Matrix,
-        out: FewOut,
-        tile: Option<FewTile>,
-    ) -> Result<usize, CudaError> {
         let (m, k) = w.size();
         let tile = tile.unwrap_or_else(|| self.few_tile(w, &out, rows));
         let parts = m.div_ceil(match tile {
@@ -323,12 +337,12 @@ impl Kernels {
                 let groups = groups(rows);
                 // What runs at once; with rather few tiles a block each.
                 let (pointer, kernel, blocks) = match w {
-                    Matrix::Halves(w) => (
+                    AnyWeights::F16(w) => (
                         w.values().pointer(),
                         name(operation, warps, tiles, groups),
                         BLOCKS_PER_PROCESSOR * 8 / warps,
                     ),
-                    Matrix::Quantised(w) => (
+                    AnyWeights::Quantised(w) => (
                         w.values().pointer(),
                         quantised_products::few_name(w.bits(), operation, tiles, groups),
                         quantised_products::skinny_blocks(w.bits(), rows),

@@ -42,15 +42,15 @@ pub struct ManyShape {
 }
 
 #[repr(C)]
-struct TiledParameters {
-    w: u64,
-    x: u64,
-    out: u64,
-    sums: u64,
-    m: i32,
-    k: i32,
-    n: i32,
-    steps: i32,
+pub(super) struct TiledParameters {
+    pub(super) w: u64,
+    pub(super) x: u64,
+    pub(super) out: u64,
+    pub(super) sums: u64,
+    pub(super) m: i32,
+    pub(super) k: i32,
+    pub(super) n: i32,
+    pub(super) steps: i32,
 }
 
 #[repr(C)]
@@ -185,6 +185,17 @@ pub(super) fn split(k: usize, wanted: usize, along: usize) -> (usize, usize) {
 }
 
 impl ManyShape {
+    /// The first of the cuts that cost least; `otherwise` where there is none.
+    pub(super) fn cheapest(
+        otherwise: Self,
+        cuts: impl Iterator<Item = Self>,
+        cost: impl Fn(&Self) -> f64,
+    ) -> Self {
+        cuts.map(|shape| (cost(&shape), shape))
+            .min_by(|a, b| a.0.total_cmp(&b.0))
+            .map_or(otherwise, |(_, shape)| shape)
+    }
+
     /// Blocks of threads.
     pub(super) fn tiles(&self, m: usize, n: usize) -> usize {
         let (a, b) = match self.rows_first {
@@ -246,30 +257,24 @@ impl Kernels {
         }
         let few = FEW_COLUMNS.iter().map(|&columns| (false, columns));
         let many = MANY_COLUMNS.iter().map(|&columns| (true, columns));
-        let mut best = ManyShape {
+        let first = ManyShape {
             rows_first: true,
             columns: MANY_COLUMNS[0],
             parts: 1,
         };
-        let mut least = f64::INFINITY;
-        for (rows_first, columns) in few.chain(many) {
-            if halves && !rows_first {
-                continue;
-            }
-            for parts in 1..=most {
-                let (parts, _) = split(k, parts, STEP);
-                let shape = ManyShape {
-                    rows_first,
-                    columns,
-                    parts,
-                };
-                let cost = shape.cost((m, k, n), 16, processors, sums);
-                if cost < least {
-                    (best, least) = (shape, cost);
-                }
-            }
-        }
-        best
+        let tiles = few
+            .chain(many)
+            .filter(|&(rows_first, _)| rows_first || !halves);
+        let cuts = tiles.flat_map(|(rows_first, columns)| {
+            (1..=most).map(move |parts| ManyShape {
+                rows_first,
+                columns,
+                parts: split(k, parts, STEP).0,
+            })
+        });
+        ManyShape::cheapest(first, cuts, |shape| {
+            shape.cost((m, k, n), 16, processors, sums)
+        })
     }
 
     /// `x * w^T` for any number of rows, and what follows it. The weights were written before the

@@ -7,15 +7,14 @@ use half::f16;
 
 use super::{
     error::CudaError,
-    few::{self, FewIn, FewOut, FewTile, Matrix},
+    few::{self, FewOut, FewTile},
     launch::{Kernels, Shape},
-    many::{self, ManyOut, ManyShape, Placed, STEP, WideParameters},
+    many::{self, ManyOut, ManyShape, Placed, STEP, TiledParameters, WideParameters},
     memory::Slice,
     quantised::{Bits, Quantised},
     stream::Stream,
     thin,
 };
-use crate::error::check;
 
 /// Parts that a product's sums are made in, at most.
 const MOST_PARTS: usize = 8;
@@ -39,25 +38,6 @@ const TILE_OUTPUTS: usize = 128;
 const TILE_SHARED: u32 = (2 * TILE_ROWS * ALONG * size_of::<f16>()) as u32;
 /// Rows of its tiles on Hopper.
 const WIDE_ROWS: [usize; 5] = [32, 64, 96, 128, 192];
-
-/// How a product of many rows is cut: tiles of `rows` x 128 outputs, and parts of k.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct TiledShape {
-    pub rows: usize,
-    pub parts: usize,
-}
-
-#[repr(C)]
-struct TiledParameters {
-    w: u64,
-    x: u64,
-    out: u64,
-    sums: u64,
-    m: i32,
-    k: i32,
-    n: i32,
-    steps: i32,
-}
 
 pub(crate) fn thin_kernels() -> Vec<(String, u32)> {
     BOTH.into_iter()
@@ -140,8 +120,8 @@ pub(super) fn skinny_blocks(bits: Bits, rows: usize) -> u32 {
 }
 
 impl Kernels {
-    /// All cuts that [`Kernels::few_quantised`] can be asked for with so many rows.
-    pub fn few_tiles_quantised(&self, out: &FewOut, rows: usize) -> Vec<FewTile> {
+    /// [`Kernels::few_tiles`] of quantised weights.
+    pub(super) fn few_tiles_quantised(&self, out: &FewOut, rows: usize) -> Vec<FewTile> {
         if self.has_wgmma() {
             let sizes = thin::sizes(out.operation(), true).into_iter();
             return sizes.map(|outputs| FewTile::Thin { outputs }).collect();
@@ -156,63 +136,36 @@ impl Kernels {
             .collect()
     }
 
-    /// [`Kernels::few`] with quantised weights.
-    pub fn few_quantised(
-        &self,
-        stream: &Stream,
-        rows: usize,
-        input: FewIn,
-        w: &Quantised,
-        out: FewOut,
-        tile: Option<FewTile>,
-    ) -> Result<usize, CudaError> {
-        if rows > FEW_ROWS_QUANTISED {
-            check("rows of a product of few", rows, FEW_ROWS_QUANTISED)?;
-        }
-        self.few_of(stream, rows, input, &Matrix::Quantised(w), out, tile)
-    }
-
     /// How [`Kernels::many_quantised`] cuts a product. `sums`: its output is [`ManyOut::Sums`], the
     /// only one that can have parts.
-    pub fn tiled_shape(
+    pub fn many_shape_quantised(
         &self,
         (m, k): (usize, usize),
         bits: Bits,
         n: usize,
         sums: bool,
-    ) -> TiledShape {
+    ) -> ManyShape {
         let processors = self.gpu().processors() as usize;
         let most = match sums {
             true => MOST_PARTS.min(k.div_ceil(4 * STEP)),
             false => 1,
         };
+        let cut = |columns, parts| ManyShape {
+            rows_first: false,
+            columns,
+            parts: many::split(k, parts, ALONG).0,
+        };
         if !self.has_wgmma() {
             let tiles = m.div_ceil(TILE_OUTPUTS) * n.div_ceil(TILE_ROWS);
             let wanted = 2 * processors / tiles.max(1);
-            let (parts, _) = many::split(k, wanted.clamp(1, most), ALONG);
-            let rows = TILE_ROWS;
-            return TiledShape { rows, parts };
+            return cut(TILE_ROWS, wanted.clamp(1, most));
         }
-        let mut best = TiledShape {
-            rows: WIDE_ROWS[0],
-            parts: 1,
-        };
-        let mut least = f64::INFINITY;
-        for rows in WIDE_ROWS {
-            for parts in 1..=most {
-                let (parts, _) = many::split(k, parts, ALONG);
-                let shape = ManyShape {
-                    rows_first: false,
-                    columns: rows,
-                    parts,
-                };
-                let cost = shape.cost((m, k, n), bits.count(), processors, sums);
-                if cost < least {
-                    (best, least) = (TiledShape { rows, parts }, cost);
-                }
-            }
-        }
-        best
+        let cuts = WIDE_ROWS
+            .into_iter()
+            .flat_map(|rows| (1..=most).map(move |parts| cut(rows, parts)));
+        ManyShape::cheapest(cut(WIDE_ROWS[0], 1), cuts, |shape| {
+            shape.cost((m, k, n), bits.count(), processors, sums)
+        })
     }
 
     /// [`Kernels::many`] with quantised weights. On Hopper there is no [`ManyOut::F16`].
@@ -223,7 +176,7 @@ impl Kernels {
         x: Slice<f16>,
         w: &Quantised,
         out: ManyOut,
-        shape: TiledShape,
+        shape: ManyShape,
     ) -> Result<(), CudaError> {
         let (m, k, n, bits) = (w.rows(), w.cols(), rows, w.bits());
         let Placed {
@@ -237,14 +190,14 @@ impl Kernels {
         }
         let tiles = [
             m.div_ceil(TILE_OUTPUTS),
-            n.div_ceil(shape.rows),
+            n.div_ceil(shape.columns),
             shape.parts,
         ];
         if self.has_wgmma() {
-            let (stages, shared) = many::stages(wide_stage(bits, shape.rows));
+            let (stages, shared) = many::stages(wide_stage(bits, shape.columns));
             let p = WideParameters {
                 a: sys::CUtensorMap { opaque: [0; 16] },
-                b: many::tensor_map(x, n, k, shape.rows)?,
+                b: many::tensor_map(x, n, k, shape.columns)?,
                 packed: w.values().pointer(),
                 out: halves,
                 sums,
@@ -262,7 +215,7 @@ impl Kernels {
                 shared,
                 early: true,
             };
-            let kernel = self.kernel(&wide_name(bits, out.operation(), shape.rows))?;
+            let kernel = self.kernel(&wide_name(bits, out.operation(), shape.columns))?;
             // SAFETY: the sizes of all that the kernel reads and writes were checked above; a
             // `Quantised` has whole units, and the kernel checks rows and outputs itself.
             return unsafe { self.launch(stream, kernel, launch, &p) };

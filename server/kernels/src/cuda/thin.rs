@@ -6,7 +6,7 @@ use half::f16;
 
 use super::{
     error::CudaError,
-    few::{FewOut, Matrix, Parameters},
+    few::{AnyWeights, FewOut, Parameters},
     launch::{Kernels, Shape},
     many::{STEP, boxes_map, tensor_map},
     quantised::Bits,
@@ -64,8 +64,8 @@ fn name(bits: Option<Bits>, operation: &str, outputs: usize) -> String {
 }
 
 /// Bytes of shared memory of a block that multiplies so many rows.
-fn shared(w: &Matrix, rows: usize) -> usize {
-    let four = matches!(w, Matrix::Quantised(w) if w.bits() == Bits::Four);
+fn shared(w: AnyWeights, rows: usize) -> usize {
+    let four = matches!(w, AnyWeights::Quantised(w) if w.bits() == Bits::Four);
     SHARED_FOUR
         .iter()
         .find(|(most, _)| four && rows <= *most)
@@ -82,9 +82,9 @@ struct Stage {
 }
 
 impl Stage {
-    fn of(w: &Matrix, outputs: usize, rows: usize) -> Self {
+    fn of(w: AnyWeights, outputs: usize, rows: usize) -> Self {
         let (boxes, parts, weights) = match w {
-            Matrix::Halves(_) => {
+            AnyWeights::F16(_) => {
                 let boxes = match outputs {
                     0..=48 => 4,
                     49..=64 => 2,
@@ -93,7 +93,7 @@ impl Stage {
                 let weights = boxes * outputs * STEP * size_of::<f16>();
                 (boxes, (boxes * STEP / 16).min(WARPS[0]), weights)
             }
-            Matrix::Quantised(w) => {
+            AnyWeights::Quantised(w) => {
                 let parts = match outputs {
                     0..=48 => WARPS[1],
                     49..=64 => WARPS[1] / 2,
@@ -125,13 +125,13 @@ pub(super) fn sizes(operation: &str, quantised: bool) -> Vec<usize> {
 
 /// The tile that keeps the processors busy for the least time. Of the short products that add to the
 /// residual a quarter of the processors is left to the next kernel, whose weights come the sooner.
-pub(super) fn best(out: &FewOut, w: &Matrix, processors: usize) -> usize {
+pub(super) fn best(out: &FewOut, w: AnyWeights, processors: usize) -> usize {
     let outputs = w.size().0;
     let processors = match out {
         FewOut::Residual { .. } => (processors * 3 / 4).max(1),
         _ => processors,
     };
-    sizes(out.operation(), matches!(w, Matrix::Quantised(_)))
+    sizes(out.operation(), matches!(w, AnyWeights::Quantised(_)))
         .into_iter()
         .min_by_key(|&size| {
             let rounds = outputs.div_ceil(size).div_ceil(processors);
@@ -145,7 +145,7 @@ pub(super) fn best(out: &FewOut, w: &Matrix, processors: usize) -> usize {
 pub(super) fn launch(
     kernels: &Kernels,
     stream: &Stream,
-    w: &Matrix,
+    w: AnyWeights,
     common: Parameters,
     operation: &str,
     outputs: usize,
@@ -161,8 +161,8 @@ pub(super) fn launch(
     let shared = shared(w, n);
     let stages = ((shared - before) / stage.bytes).min(MOST_STAGES);
     let (map, packed, bits) = match w {
-        Matrix::Halves(w) => (tensor_map(w.values().pointer(), m, k, outputs)?, 0, None),
-        Matrix::Quantised(w) => {
+        AnyWeights::F16(w) => (tensor_map(w.values().pointer(), m, k, outputs)?, 0, None),
+        AnyWeights::Quantised(w) => {
             let none = sys::CUtensorMap { opaque: [0; 16] };
             (none, w.values().pointer(), Some(w.bits()))
         }

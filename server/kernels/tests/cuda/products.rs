@@ -1,4 +1,6 @@
-use stoker_kernels::cuda::{FewIn, FewOut, FewTile, Kernels, ManyOut, ManyShape, Squares};
+use stoker_kernels::cuda::{
+    AnyWeights, FewIn, FewOut, FewTile, Kernels, ManyOut, ManyShape, Squares,
+};
 
 use crate::support::{Device, Errors, Random, device, floats};
 
@@ -125,14 +127,14 @@ fn few(
     let size = size(k);
 
     let out = d.poisoned(rows * m);
-    for tile in d.kernels.few_tiles(&FewOut::F16(out.all()), rows) {
+    for tile in d.kernels.few_tiles(w, &FewOut::F16(out.all()), rows) {
         out.all().write(&vec![half::f16::NAN; rows * m]).unwrap();
         run(normed, FewOut::F16(out.all()), tile);
         let found = floats(&out.all().read().unwrap());
         errors.compare(&what("f16", tile), &found, &scaled, size, 2e-3);
     }
     let out = d.poisoned_f32(rows * m);
-    for tile in d.kernels.few_tiles(&FewOut::F32(out.all()), rows) {
+    for tile in d.kernels.few_tiles(w, &FewOut::F32(out.all()), rows) {
         for (input, wanted) in [(normed, &scaled), (plain, &expected)] {
             out.all().write(&vec![f32::NAN; rows * m]).unwrap();
             run(input, FewOut::F32(out.all()), tile);
@@ -142,7 +144,7 @@ fn few(
     }
     if m % 16 == 0 {
         let out = d.poisoned(rows * m / 2);
-        for tile in d.kernels.few_tiles(&FewOut::GateUp(out.all()), rows) {
+        for tile in d.kernels.few_tiles(w, &FewOut::GateUp(out.all()), rows) {
             out.all()
                 .write(&vec![half::f16::NAN; rows * m / 2])
                 .unwrap();
@@ -151,18 +153,30 @@ fn few(
             errors.compare(&what("gate_up", tile), &found, &gates, size, 3e-3);
         }
     }
-    residual(d, errors, random, (rows, m, k), plain, w, &expected);
+    residual(
+        d,
+        errors,
+        random,
+        (rows, m, k),
+        plain,
+        w.into(),
+        &expected,
+        size,
+    );
     logits(d, errors, (rows, m, k), &x_halves, w, &expected);
 }
 
-fn residual(
+/// The residual with a product added, and what the next product finds of it. Outputs are of `size`.
+#[allow(clippy::too_many_arguments, reason = "each is a part of the product")]
+pub fn residual(
     d: &Device,
     errors: &mut Errors,
     random: &mut Random,
     (rows, m, k): (usize, usize, usize),
     plain: FewIn,
-    w: &stoker_kernels::cuda::Weights,
+    w: AnyWeights,
     expected: &[f32],
+    size: f32,
 ) {
     let before = random.values(rows * m);
     let norm = random.values(m);
@@ -177,7 +191,7 @@ fn residual(
         squares: next_squares.all(),
     };
     let after: Vec<f32> = before.iter().zip(expected).map(|(a, b)| a + b).collect();
-    for tile in d.kernels.few_tiles(&out, rows) {
+    for tile in d.kernels.few_tiles(w, &out, rows) {
         let what = |out: &str| format!("{rows} x {k} to {m}, {tile:?} {out}");
         residual.all().write(&before).unwrap();
         next.all().write(&vec![half::f16::NAN; rows * m]).unwrap();
@@ -186,14 +200,14 @@ fn residual(
             .few(&d.stream, rows, plain, w, out, Some(tile))
             .unwrap();
         let found = residual.all().read().unwrap();
-        errors.compare(&what("residual"), &found, &after, size(k), 1e-4);
+        errors.compare(&what("residual"), &found, &after, size, 1e-4);
         let wanted: Vec<f32> = after
             .iter()
             .enumerate()
             .map(|(i, v)| v * norm[i % m])
             .collect();
         let found = floats(&next.all().read().unwrap());
-        errors.compare(&what("next"), &found, &wanted, size(k), 2e-3);
+        errors.compare(&what("next"), &found, &wanted, size, 2e-3);
         let sums: Vec<f32> = next_squares.all().read().unwrap()[..rows * parts]
             .chunks_exact(parts)
             .map(|s| s.iter().sum())
@@ -227,7 +241,7 @@ fn logits(
         logits: logits.all(),
         best: best.all(),
     };
-    for tile in d.kernels.few_tiles(&out, rows) {
+    for tile in d.kernels.few_tiles(w, &out, rows) {
         let what = format!("{rows} x {k} to {m}, {tile:?} logits");
         logits.all().write(&vec![f32::NAN; rows * m]).unwrap();
         let parts = d

@@ -4,14 +4,13 @@ use half::f16;
 use stoker_kernels::{
     AttentionShape, Norm, add_bias,
     cuda::{
-        Bits, FewIn, FewOut, FewTile, GROUP, Heads, Kernels, ManyOut, Order, Quantised, Squares,
-        StepRow,
+        Bits, FewIn, FewOut, GROUP, Heads, Kernels, ManyOut, Order, Quantised, Squares, StepRow,
     },
     norm_heads,
 };
 
 use crate::{
-    products::{gated, product, size},
+    products::{gated, product, residual, size},
     support::{Device, Errors, Random, device, floats},
 };
 
@@ -194,12 +193,7 @@ fn quantised_products_of_few_rows() {
                     epsilon: 1e-5,
                 };
                 let what = format!("{bits:?}: {rows} x {k} to {m}");
-                let run = |input: FewIn, out: FewOut, tile| {
-                    d.kernels
-                        .few_quantised(&d.stream, rows, input, &w, out, tile)
-                        .unwrap()
-                };
-                few(&d, &mut errors, &what, (rows, m, k), &sums, plain, &run);
+                few(&d, &mut errors, &what, (rows, m, k), &sums, plain, &w);
             }
         }
     }
@@ -214,11 +208,16 @@ fn few(
     (rows, m, k): (usize, usize, usize),
     expected: &[f32],
     plain: FewIn,
-    run: &dyn Fn(FewIn, FewOut, Option<FewTile>) -> usize,
+    w: &Quantised,
 ) {
+    let run = |input: FewIn, out: FewOut, tile| {
+        d.kernels
+            .few(&d.stream, rows, input, w, out, Some(tile))
+            .unwrap()
+    };
     let mut random = Random((rows * m * k) as u64);
     let size = size(k) / 10.0;
-    let tiles = |out: &FewOut| d.kernels.few_tiles_quantised(out, rows);
+    let tiles = |out: &FewOut| d.kernels.few_tiles(w, out, rows);
     let out = d.poisoned_f32(rows * m);
     for tile in tiles(&FewOut::F32(out.all())) {
         let best = d.buffer(&vec![0u64; rows * Kernels::few_best_parts(m)]);
@@ -226,7 +225,7 @@ fn few(
             logits: out.all(),
             best: best.all(),
         };
-        let parts = run(plain, to, Some(tile));
+        let parts = run(plain, to, tile);
         let found = out.all().read().unwrap();
         errors.compare(&format!("{what} f32"), &found, expected, size, 1e-4);
         let best = best.all().read().unwrap();
@@ -265,7 +264,7 @@ fn few(
     };
     let out = d.poisoned(rows * m);
     for tile in tiles(&FewOut::F16(out.all())) {
-        run(normed, FewOut::F16(out.all()), Some(tile));
+        run(normed, FewOut::F16(out.all()), tile);
         let found = floats(&out.all().read().unwrap());
         errors.compare(
             &format!("{what} f16, {tile:?}"),
@@ -282,7 +281,7 @@ fn few(
         .flat_map(|row| gated(row, m, 1.0))
         .collect();
     for tile in tiles(&FewOut::GateUp(out.all())) {
-        run(normed, FewOut::GateUp(out.all()), Some(tile));
+        run(normed, FewOut::GateUp(out.all()), tile);
         let found = floats(&out.all().read().unwrap());
         errors.compare(
             &format!("{what} gate_up, {tile:?}"),
@@ -294,42 +293,16 @@ fn few(
         out.all().write(&vec![f16::NAN; rows * m / 2]).unwrap();
     }
 
-    let before = random.values(rows * m);
-    let norm = random.values(m);
-    let next_norm = d.buffer(&norm);
-    let next = d.poisoned(rows * m);
-    let squares = d.poisoned_f32(rows * Kernels::few_square_parts(m));
-    let residual = d.buffer(&before);
-    let out = FewOut::Residual {
-        residual: residual.all(),
-        next_norm: next_norm.all(),
-        next: next.all(),
-        squares: squares.all(),
-    };
-    for tile in tiles(&out) {
-        let what = format!("{what} {tile:?}");
-        residual.all().write(&before).unwrap();
-        let parts = run(plain, out, Some(tile));
-        let after: Vec<f32> = before.iter().zip(expected).map(|(a, b)| a + b).collect();
-        let found = residual.all().read().unwrap();
-        errors.compare(&format!("{what} residual"), &found, &after, size, 1e-4);
-        let wanted: Vec<f32> = after
-            .iter()
-            .enumerate()
-            .map(|(i, v)| v * norm[i % m])
-            .collect();
-        let found = floats(&next.all().read().unwrap());
-        errors.compare(&format!("{what} next"), &found, &wanted, size, 2e-3);
-        let sums: Vec<f32> = squares.all().read().unwrap()[..rows * parts]
-            .chunks_exact(parts)
-            .map(|s| s.iter().sum())
-            .collect();
-        let wanted: Vec<f32> = after
-            .chunks_exact(m)
-            .map(|row| row.iter().map(|v| v * v).sum())
-            .collect();
-        errors.compare(&format!("{what} squares"), &sums, &wanted, 1.0, 1e-3);
-    }
+    residual(
+        d,
+        errors,
+        &mut random,
+        (rows, m, k),
+        plain,
+        w.into(),
+        expected,
+        size,
+    );
 }
 
 #[test]
@@ -351,7 +324,7 @@ fn quantised_products_of_many_rows() {
                 let what = format!("{bits:?}: {rows} x {k} to {m}");
                 let size = size(k) / 10.0;
                 let run = |out: ManyOut, parts: bool| {
-                    let shape = d.kernels.tiled_shape((m, k), bits, rows, parts);
+                    let shape = d.kernels.many_shape_quantised((m, k), bits, rows, parts);
                     d.kernels
                         .many_quantised(&d.stream, rows, x.all(), &w, out, shape)
                         .unwrap();
@@ -413,9 +386,7 @@ fn the_error_of_a_matrix_is_below_one_and_eleven_percent() {
                 epsilon: 1e-5,
             };
             let to = FewOut::F32(out.all());
-            d.kernels
-                .few_quantised(&d.stream, rows, input, &w, to, None)
-                .unwrap();
+            d.kernels.few(&d.stream, rows, input, &w, to, None).unwrap();
             let found = out.all().read().unwrap();
             let square = |values: &mut dyn Iterator<Item = f32>| -> f64 {
                 values.map(|v| f64::from(v).powi(2)).sum()

@@ -48,12 +48,7 @@ pub fn products(bench: &Bench, stream: &Stream) -> Result<(), Error> {
                         true => cuda::FewOut::GateUp(out.all()),
                         false => cuda::FewOut::F16(out.all()),
                     };
-                    match w {
-                        Matrix::F16(w) => k.few(stream, rows, input, w, to, None)?,
-                        Matrix::Quantised(w) => {
-                            k.few_quantised(stream, rows, input, w, to, None)?
-                        }
-                    };
+                    k.few(stream, rows, input, w, to, None)?;
                     return Ok(());
                 }
                 let halves = which == 0 && rows > 384;
@@ -69,7 +64,7 @@ pub fn products(bench: &Bench, stream: &Stream) -> Result<(), Error> {
                         k.many(stream, rows, x.all(), w, to, shape)?;
                     }
                     Matrix::Quantised(w) => {
-                        let shape = k.tiled_shape(size, w.bits(), rows, parts);
+                        let shape = k.many_shape_quantised(size, w.bits(), rows, parts);
                         k.many_quantised(stream, rows, x.all(), w, to, shape)?;
                     }
                 }

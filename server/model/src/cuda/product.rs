@@ -2,8 +2,7 @@
 
 use half::f16;
 use stoker_kernels::cuda::{
-    self, Bits, CudaError, FewIn, FewOut, FewTile, Gpu, Kernels, ManyOut, ManyShape, Slice, Stream,
-    TiledShape,
+    self, Bits, CudaError, Gpu, Kernels, ManyOut, ManyShape, Slice, Stream,
 };
 
 use super::{Matrix, Weights};
@@ -12,13 +11,12 @@ use crate::config::ModelConfig;
 /// Rows from which it is faster on Hopper to turn quantised weights into f16 first.
 const DEQUANTISE_ROWS: usize = 256;
 
-/// How a product of many rows is cut.
+/// How a product of many rows is made.
 #[derive(Clone, Copy, Debug)]
-pub(super) enum Cut {
-    F16(ManyShape),
-    /// After the weights were turned into f16.
-    Dequantised(ManyShape),
-    Tiled(TiledShape),
+pub(super) struct Cut {
+    shape: ManyShape,
+    /// The weights are turned into f16 first.
+    dequantised: bool,
 }
 
 /// What a product of many rows becomes.
@@ -40,24 +38,18 @@ impl Cut {
         becomes: Becomes,
     ) -> Self {
         let parts = becomes == Becomes::Parts;
-        let f16 = || kernels.many_shape(m, k, rows, parts, becomes == Becomes::F16);
-        match bits {
-            None => Self::F16(f16()),
-            // A single sum is the head's, whose samples are never that many.
-            Some(_)
-                if rows > DEQUANTISE_ROWS && kernels.has_wgmma() && becomes != Becomes::Sums =>
-            {
-                Self::Dequantised(f16())
-            }
-            Some(bits) => Self::Tiled(kernels.tiled_shape((m, k), bits, rows, parts)),
-        }
+        let large = rows > DEQUANTISE_ROWS && kernels.has_wgmma();
+        // A single sum is the head's, whose samples are never that many.
+        let dequantised = bits.is_some() && large && becomes != Becomes::Sums;
+        let shape = match bits {
+            Some(bits) if !dequantised => kernels.many_shape_quantised((m, k), bits, rows, parts),
+            _ => kernels.many_shape(m, k, rows, parts, becomes == Becomes::F16),
+        };
+        Self { shape, dequantised }
     }
 
     pub fn parts(self) -> usize {
-        match self {
-            Self::F16(shape) | Self::Dequantised(shape) => shape.parts,
-            Self::Tiled(shape) => shape.parts,
-        }
+        self.shape.parts
     }
 }
 
@@ -98,22 +90,6 @@ impl Scratch {
     }
 }
 
-/// `x * w^T` of few rows, and what follows; see [`Kernels::few`]. A `tile` of `None`: the best known.
-pub(super) fn few(
-    kernels: &Kernels,
-    stream: &Stream,
-    rows: usize,
-    input: FewIn,
-    w: &Matrix,
-    out: FewOut,
-    tile: Option<FewTile>,
-) -> Result<usize, CudaError> {
-    match w {
-        Matrix::F16(w) => kernels.few(stream, rows, input, w, out, tile),
-        Matrix::Quantised(w) => kernels.few_quantised(stream, rows, input, w, out, tile),
-    }
-}
-
 /// `x * w^T` of many rows, and what follows; see [`Kernels::many`].
 pub(super) fn many(
     kernels: &Kernels,
@@ -124,20 +100,14 @@ pub(super) fn many(
     out: ManyOut,
     cut: Cut,
 ) -> Result<(), CudaError> {
-    match (w, cut) {
-        (Matrix::F16(w), Cut::F16(shape)) => kernels.many(stream, rows, x, w, out, shape),
-        (Matrix::Quantised(w), Cut::Dequantised(shape)) => {
+    match w {
+        Matrix::F16(w) => kernels.many(stream, rows, x, w, out, cut.shape),
+        Matrix::Quantised(w) if cut.dequantised => {
             let to = scratch.of(w.rows(), w.cols())?;
             kernels.dequantise(stream, w, to)?;
-            kernels.many_of_new_weights(stream, rows, x, to, out, shape)
+            kernels.many_of_new_weights(stream, rows, x, to, out, cut.shape)
         }
-        (Matrix::Quantised(w), Cut::Tiled(shape)) => {
-            kernels.many_quantised(stream, rows, x, w, out, shape)
-        }
-        _ => Err(CudaError::Matrix {
-            rows: w.rows(),
-            cols: w.cols(),
-        }),
+        Matrix::Quantised(w) => kernels.many_quantised(stream, rows, x, w, out, cut.shape),
     }
 }
 

@@ -2,7 +2,7 @@
 
 use std::cell::Cell;
 
-use stoker_kernels::cuda::{self, Bits, Buffer, CudaError, Kernels, Quantised, Stream};
+use stoker_kernels::cuda::{self, AnyWeights, Bits, Buffer, CudaError, Kernels, Quantised, Stream};
 
 use crate::{config::ModelConfig, load::Dtype};
 
@@ -34,6 +34,15 @@ pub struct Layer {
     /// Gate and up rows, interleaved.
     pub gate_up: Matrix,
     pub down: Matrix,
+}
+
+impl<'a> From<&'a Matrix> for AnyWeights<'a> {
+    fn from(matrix: &'a Matrix) -> Self {
+        match matrix {
+            Matrix::F16(w) => w.into(),
+            Matrix::Quantised(w) => w.into(),
+        }
+    }
 }
 
 impl Matrix {

@@ -1,4 +1,8 @@
-//! The forward pass on a GPU: one step's kernels, put into a stream.
+//! The forward pass on a GPU: one step's kernels, put into a stream. A step has one of two forms, by its
+//! rows: `few` and `many`.
+
+mod few;
+mod many;
 
 use std::sync::Arc;
 
@@ -6,14 +10,14 @@ use half::f16;
 use stoker_kernels::{
     BLOCK_SIZE, Rope,
     cuda::{
-        Attention, Buffer, CacheShape, CudaError, FEW_ROWS, FEW_ROWS_QUANTISED, FewIn, FewOut,
-        FewTile, Heads, Kernels, ManyOut, NormRows, Slice, Squares, Stream,
+        Attention, Buffer, CacheShape, CudaError, FEW_ROWS, FEW_ROWS_QUANTISED, FewOut, FewTile,
+        Heads, Kernels, Slice, Stream,
     },
 };
 
 use super::{
     Layer, Layout, Matrix, Sizes, Weights,
-    product::{self, Becomes, Cut, Scratch},
+    product::{self, Scratch},
 };
 use crate::config::ModelConfig;
 
@@ -250,183 +254,11 @@ impl Forward {
         }
     }
 
-    /// A step of few decoding sequences. Gives the parts in which the highest logits are known.
-    fn few(&self, stream: &Stream, layout: &Layout, step: Slice<u8>) -> Result<usize, CudaError> {
-        let rows = layout.rows;
-        let [qkv, output, gate_up, down, head] = self.tuning.tiles;
-        let epsilon = self.config.norm_epsilon;
-        let mut input = FewIn {
-            x: self.normed.all(),
-            squares: None,
-            epsilon,
-        };
-        let plain = |x| FewIn {
-            x,
-            squares: None,
-            epsilon,
-        };
-        let normed = |place: usize, parts| FewIn {
-            x: self.normed.all(),
-            squares: Some(Squares {
-                values: self.squares[place].all(),
-                parts,
-            }),
-            epsilon,
-        };
-        for (i, layer) in self.weights.layers.iter().enumerate() {
-            let product = |input, w, out, tile| {
-                product::few(&self.kernels, stream, rows, input, w, out, tile)
-            };
-            product(input, &layer.qkv, FewOut::F16(self.qkv.all()), qkv)?;
-            stream.mark("qkv")?;
-            self.finish_heads(stream, rows, layer)?;
-            self.decode(stream, layout, step, i)?;
-            stream.mark("attention")?;
-            let residual = |next_norm, place: usize| FewOut::Residual {
-                residual: self.residual.all(),
-                next_norm,
-                next: self.normed.all(),
-                squares: self.squares[place].all(),
-            };
-            let parts = product(
-                plain(self.attention.all()),
-                &layer.output,
-                residual(layer.ffn_norm.all(), 0),
-                output,
-            )?;
-            stream.mark("output")?;
-            product(
-                normed(0, parts),
-                &layer.gate_up,
-                FewOut::GateUp(self.inner.all()),
-                gate_up,
-            )?;
-            stream.mark("gate_up")?;
-            let parts = product(
-                plain(self.inner.all()),
-                &layer.down,
-                residual(self.norm_after(i), 1),
-                down,
-            )?;
-            stream.mark("down")?;
-            input = normed(1, parts);
-        }
-        let parts = product::few(
-            &self.kernels,
-            stream,
-            rows,
-            input,
-            self.weights.head(),
-            self.few_logits(),
-            head,
-        )?;
-        stream.mark("head")?;
-        Ok(parts)
-    }
-
     fn few_logits(&self) -> FewOut<'_> {
         FewOut::Logits {
             logits: self.logits.all(),
             best: self.best.all(),
         }
-    }
-
-    /// A step of more rows, or with prompt chunks. Gives what `few` does.
-    fn many(&self, stream: &Stream, layout: &Layout, step: Slice<u8>) -> Result<usize, CudaError> {
-        let k = &self.kernels;
-        let rows = layout.rows;
-        let epsilon = self.config.norm_epsilon;
-        let sums_of = |x, w: &Matrix| {
-            let out = ManyOut::Sums(self.sums.all());
-            self.product(stream, rows, x, w, out, Becomes::Parts)
-        };
-        let norm = |parts, weights, samples| {
-            k.norm(
-                stream,
-                &NormRows {
-                    residual: self.residual.all(),
-                    sums: self.sums.all(),
-                    parts,
-                    rows,
-                    samples,
-                    weights,
-                    epsilon,
-                    out: self.normed.all(),
-                },
-            )
-        };
-        let last = self.weights.layers.len() - 1;
-        for (i, layer) in self.weights.layers.iter().enumerate() {
-            let x = self.normed.all();
-            if rows > HALVES_ROWS {
-                let out = ManyOut::F16(self.qkv.all());
-                self.product(stream, rows, x, &layer.qkv, out, Becomes::F16)?;
-            } else {
-                let parts = sums_of(x, &layer.qkv)?;
-                let count = rows * layer.qkv.rows();
-                k.sum(stream, self.sums.all(), parts, self.qkv.all(), count)?;
-            }
-            stream.mark("qkv")?;
-            self.finish_heads(stream, rows, layer)?;
-            self.chunks(stream, layout, step, i)?;
-            stream.mark("attention")?;
-            let parts = sums_of(self.attention.all(), &layer.output)?;
-            stream.mark("output")?;
-            norm(parts, layer.ffn_norm.all(), None)?;
-            stream.mark("norms")?;
-            let out = ManyOut::GateUp(self.inner.all());
-            let x = self.normed.all();
-            self.product(stream, rows, x, &layer.gate_up, out, Becomes::GateUp)?;
-            stream.mark("gate_up")?;
-            let parts = sums_of(self.inner.all(), &layer.down)?;
-            stream.mark("down")?;
-            let samples = match i == last {
-                true => Some(layout.step_samples(step)?),
-                false => None,
-            };
-            norm(parts, self.norm_after(i), samples)?;
-            stream.mark("norms")?;
-        }
-        let parts = self.head(stream, layout.samples)?;
-        stream.mark("head")?;
-        Ok(parts)
-    }
-
-    /// A product of many rows; gives the parts that its sums are in.
-    fn product(
-        &self,
-        stream: &Stream,
-        rows: usize,
-        x: Slice<f16>,
-        w: &Matrix,
-        out: ManyOut,
-        becomes: Becomes,
-    ) -> Result<usize, CudaError> {
-        let size = (w.rows(), w.cols(), w.bits());
-        let cut = Cut::of(&self.kernels, size, rows, becomes);
-        let scratch = &self.scratch;
-        product::many(&self.kernels, stream, scratch, (rows, x), w, out, cut)?;
-        Ok(cut.parts())
-    }
-
-    /// Attention of all sequences: decoding ones first, then prompt chunks.
-    fn chunks(
-        &self,
-        stream: &Stream,
-        layout: &Layout,
-        step: Slice<u8>,
-        layer: usize,
-    ) -> Result<(), CudaError> {
-        if layout.tiles > 0 {
-            let attention = self.attention_of(layout, step, layer)?;
-            let queries = self.queries.all();
-            self.kernels
-                .rope(stream, &attention, layout.decodes, queries)?;
-            self.decode(stream, layout, step, layer)?;
-            let tiles = layout.step_tiles(step)?;
-            return self.kernels.prefill(stream, &attention, queries, tiles);
-        }
-        self.decode(stream, layout, step, layer)
     }
 
     fn decode(
@@ -466,27 +298,6 @@ impl Forward {
             tables: layout.step_blocks(step)?,
             out: self.attention.all(),
         })
-    }
-
-    /// Logits of the samples' rows, which are normed one after the other.
-    fn head(&self, stream: &Stream, samples: usize) -> Result<usize, CudaError> {
-        let w = self.weights.head();
-        let x = self.normed.all();
-        if samples == 0 {
-            return Ok(0);
-        }
-        if samples <= self.few_rows() {
-            let input = FewIn {
-                x,
-                squares: None,
-                epsilon: self.config.norm_epsilon,
-            };
-            let (out, tile) = (self.few_logits(), self.tuning.tiles[4]);
-            return product::few(&self.kernels, stream, samples, input, w, out, tile);
-        }
-        let out = ManyOut::Sums(self.logits.all());
-        self.product(stream, samples, x, w, out, Becomes::Sums)?;
-        Ok(0)
     }
 }
 
