@@ -11,9 +11,11 @@
 //! | `tuning` | peers at the best of their settings |
 //! | `score` | the figures of a run |
 //! | `report` | tables, and a page with charts |
+//! | `flags` | those that the programs share |
 //!
 //! Everything is deterministic: the same setup, trace and seed give the same outcome.
 
+pub mod flags;
 pub mod fleet;
 pub mod flight;
 pub mod oracle;

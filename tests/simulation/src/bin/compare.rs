@@ -6,12 +6,11 @@ use std::path::PathBuf;
 
 use anyhow::{Context, Result, bail};
 use clap::Parser;
+use stoker_simulation::flags::World;
 use stoker_simulation::policy::{Peer, Stoker};
 use stoker_simulation::report::{self, Row};
 use stoker_simulation::tuning::{self, Setting};
-use stoker_simulation::{
-    Backend, Device, Mix, Setup, Shape, Starts, Trace, Unseen, oracle, simulate,
-};
+use stoker_simulation::{Backend, Mix, Setup, Shape, Trace, Unseen, oracle, simulate};
 
 #[derive(Parser)]
 #[command(about = "Ours beside its peers and an oracle on a trace")]
@@ -32,15 +31,8 @@ struct Args {
     /// So many times as many requests.
     #[arg(long, default_value_t = 1)]
     thicken: u32,
-    /// study-t4, unhidden-t4, unswept-t4, t4 or h100.
-    #[arg(long, default_value = "study-t4")]
-    device: String,
-    #[arg(long, default_value_t = 2)]
-    warm_nodes: u32,
-    #[arg(long, default_value_t = 75.0)]
-    warm_seconds: f64,
-    #[arg(long, default_value_t = 240.0)]
-    cold_seconds: f64,
+    #[command(flatten)]
+    world: World,
     /// Tune every peer on this trace by grid, at caps 8, 32 and 128, with budget 2,048 and ours.
     /// Without it: documented defaults, at caps 8 and 32.
     #[arg(long)]
@@ -54,11 +46,6 @@ struct Args {
     /// Ours built up part by part, too.
     #[arg(long)]
     ablations: bool,
-    /// engine, or surrogate: some fifteen times faster.
-    #[arg(long, default_value = "engine")]
-    backend: String,
-    #[arg(long, default_value_t = 1)]
-    seed: u64,
     #[arg(long, default_value_t = 2)]
     threads: usize,
     /// Where the page goes.
@@ -72,27 +59,7 @@ const ORACLE_CAPS: [u32; 2] = [24, 48];
 fn main() -> Result<()> {
     let args = Args::parse();
     let trace = load(&args)?;
-    let Some(device) = Device::by_name(&args.device) else {
-        bail!(
-            "--device {:?}: choose study-t4, unhidden-t4, unswept-t4, t4 or h100",
-            args.device
-        );
-    };
-    let setup = Setup {
-        device,
-        backend: match args.backend.as_str() {
-            "engine" => Backend::Engine,
-            "surrogate" => Backend::Surrogate,
-            other => bail!("--backend {other:?}: choose engine or surrogate"),
-        },
-        starts: Starts {
-            warm_nodes: args.warm_nodes,
-            warm_seconds: args.warm_seconds,
-            cold_seconds: args.cold_seconds,
-        },
-        seed: args.seed,
-        ..Setup::study()
-    };
+    let setup = args.world.setup();
 
     let ours = ours(&setup, &trace);
     let budget = usual_budget(&ours);
@@ -174,7 +141,7 @@ fn main() -> Result<()> {
              parameter.",
             trace.requests.len(),
             trace.duration / 60.0,
-            args.device,
+            setup.device.profile.name,
             starts.warm_seconds,
             starts.warm_nodes,
             starts.cold_seconds,
@@ -197,9 +164,9 @@ fn load(args: &Args) -> Result<Trace> {
             match (Shape::by_name(name), unseen) {
                 (Some(shape), _) => {
                     let peak = args.peak.unwrap_or(shape.study_peak());
-                    shape.generate(peak, &mix, args.seed)
+                    shape.generate(peak, &mix, args.world.seed)
                 }
-                (None, Some(unseen)) => unseen.generate(&mix, args.seed),
+                (None, Some(unseen)) => unseen.generate(&mix, args.world.seed),
                 (None, None) => {
                     let names = Shape::ALL.map(Shape::name).join(", ");
                     let unseen = Unseen::ALL.map(Unseen::name).join(", ");

@@ -8,11 +8,12 @@ use std::path::{Path, PathBuf};
 use anyhow::{Result, bail};
 use clap::Parser;
 use stoker_autoscaler::Dials;
+use stoker_simulation::flags::World;
 use stoker_simulation::policy::{Advised, Peer, Stoker};
 use stoker_simulation::report::{self, Losses, Row};
 use stoker_simulation::tuning::{self, Setting};
 use stoker_simulation::{
-    Backend, Device, Mix, Outcome, Score, Setup, Shape, Starts, Trace, Unseen, oracle, simulate,
+    Backend, Mix, Outcome, Score, Setup, Shape, Trace, Unseen, oracle, simulate,
 };
 
 #[derive(Parser)]
@@ -31,17 +32,8 @@ struct Args {
     /// So many times in a row; figures of each round.
     #[arg(long, default_value_t = 1)]
     repeat: u32,
-    #[arg(long, default_value = "study-t4")]
-    device: String,
-    #[arg(long, default_value_t = 2)]
-    warm_nodes: u32,
-    #[arg(long, default_value_t = 75.0)]
-    warm_seconds: f64,
-    #[arg(long, default_value_t = 240.0)]
-    cold_seconds: f64,
-    /// engine, or surrogate: some fifteen times faster.
-    #[arg(long, default_value = "engine")]
-    backend: String,
+    #[command(flatten)]
+    world: World,
     /// Runs of the oracle's search; 0 leaves it out.
     #[arg(long, default_value_t = 600)]
     oracle_runs: u32,
@@ -68,8 +60,6 @@ struct Args {
     /// load jumped, at cap 43 and our budget.
     #[arg(long)]
     reaction: Option<f64>,
-    #[arg(long, default_value_t = 1)]
-    seed: u64,
     #[arg(long, default_value_t = 2)]
     threads: usize,
 }
@@ -78,33 +68,18 @@ fn main() -> Result<()> {
     let args = Args::parse();
     let recorded = Trace::read(&args.trace)?;
     let mix = Mix::of(&recorded);
-    let Some(device) = Device::by_name(&args.device) else {
-        bail!(
-            "--device {:?}: choose study-t4, unhidden-t4, unswept-t4, t4 or h100",
-            args.device
-        );
-    };
-    let setup = Setup {
-        device,
-        backend: match args.backend.as_str() {
-            "engine" => Backend::Engine,
-            "surrogate" => Backend::Surrogate,
-            other => bail!("--backend {other:?}: choose engine or surrogate"),
-        },
-        starts: Starts {
-            warm_nodes: args.warm_nodes,
-            warm_seconds: args.warm_seconds,
-            cold_seconds: args.cold_seconds,
-        },
-        seed: args.seed,
-        ..Setup::study()
-    };
+    let setup = args.world.setup();
     if args.calibration {
         calibrate(&setup, &mix, args.threads);
         return Ok(());
     }
     let traces = (args.cases.iter())
-        .map(|case| Ok((case.as_str(), case_of(case, &recorded, &mix, args.seed)?)))
+        .map(|case| {
+            Ok((
+                case.as_str(),
+                case_of(case, &recorded, &mix, args.world.seed)?,
+            ))
+        })
         .collect::<Result<Vec<_>>>()?;
     if let Some(program) = &args.advise {
         for (case, trace) in &traces {
