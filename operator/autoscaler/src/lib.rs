@@ -10,7 +10,9 @@
 //! | `dials` | the model | the dials to use |
 //! | `tune` | all of these | dials for the fleet and for unlike replicas |
 //! | `probe` | steps that tell no law | dials of one replica that do |
-//! | `replicas` | demand, capacity | how many replicas |
+//! | `need` | demand, capacity | how many replicas load needs |
+//! | `misses` | expected and missed objectives | by how much less a replica carries |
+//! | `replicas` | the need, now and before | what is done about it |
 //! | `sleep` | the router's queue | zero replicas and back |
 //! | `reason` | all of it | a sentence |
 
@@ -25,8 +27,10 @@ mod fleet;
 mod histogram;
 mod history;
 mod laws;
+mod misses;
 mod mix;
 mod model;
+mod need;
 mod probe;
 mod reason;
 mod recurrence;
@@ -45,7 +49,7 @@ pub use observation::{
 use census::Census;
 use demand::Demand;
 use mix::Mix;
-use replicas::Need;
+use need::Need;
 use tune::Tuned;
 
 /// What a decision rests on.
@@ -125,10 +129,10 @@ pub fn decide(
     let (replicas, reason) = match (asleep, scene.demand.as_ref().filter(|_| heard)) {
         (Some(plan), _) => plan,
         (None, Some(demand)) => {
-            let need = replicas::need(&scene, demand, &tuned, memory);
+            let need = need::need(&scene, demand, &tuned, memory);
             let moved_at = memory.motion.last();
             let misses = &mut memory.misses;
-            replicas::learn_from_misses(&scene, demand, &tuned, need, misses, moved_at);
+            misses::learn(&scene, demand, &tuned, need, misses, moved_at);
             let plan = replicas::plan(&scene, demand, tuned.capacity, need, current, memory);
             facts.need = need;
             (plan.replicas(), facts.of(plan, demand))

@@ -10,9 +10,9 @@ use crate::Scene;
 use crate::demand::Demand;
 use crate::laws;
 use crate::memory::Memory;
+use crate::misses::AFTERMATH;
 use crate::model::usable;
 use crate::observation::Dials;
-use crate::replicas::AFTERMATH;
 
 /// Seconds that a replica is tried for, and those between two.
 const LASTS: f64 = 30.0;

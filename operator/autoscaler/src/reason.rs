@@ -4,8 +4,9 @@ use crate::Scene;
 use crate::decision::{Reason, ReasonCode};
 use crate::demand::Demand;
 use crate::model::Capacity;
+use crate::need::Need;
 use crate::observation::Dials;
-use crate::replicas::{Need, Plan};
+use crate::replicas::Plan;
 
 /// What a sentence may be about.
 pub(crate) struct Facts<'a> {

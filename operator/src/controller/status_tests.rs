@@ -1,5 +1,6 @@
 use serde_json::{Value, json};
-use stoker_autoscaler::{Dials, Reason};
+use stoker_api::conditions;
+use stoker_autoscaler::{Dials, Reason, ReasonCode};
 use stoker_law::Law;
 
 use super::*;
