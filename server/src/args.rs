@@ -69,7 +69,8 @@ pub struct Args {
     #[arg(long, env = "STOKER_DEVICE", value_enum, default_value = "cpu")]
     pub device: Device,
 
-    /// What weights are kept as. int8 and int4 (a scale for every 128 weights, made from the file's
+    /// What weights are kept as. auto: with --device cuda as a GGUF file has them (Q8_0, Q4_0, Q4_1,
+    /// Q4_K, Q6_K), else f16. int8 and int4 (a scale for every 128 weights, made from the file's
     /// weights) are for --device cuda; matrices whose columns aren't multiples of 128 stay f16
     #[arg(long, env = "STOKER_DTYPE", value_enum, default_value = "auto")]
     pub dtype: WeightType,
@@ -197,7 +198,6 @@ pub enum Device {
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum WeightType {
-    /// f16
     Auto,
     #[value(alias = "half")]
     Float16,

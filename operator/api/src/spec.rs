@@ -190,7 +190,7 @@ pub struct Model {
     )]
     pub served_name: Option<String>,
 
-    /// What weights are kept as: `float16`; `int8` or `int4`, which the server makes of the file's weights while it loads them, for less memory and faster steps at a small loss (engine.device cuda only); `auto` is float16. A change replaces the pods.
+    /// What weights are kept as: `float16`; `int8` or `int4`, which the server makes of the file's weights while it loads them, for less memory and faster steps at a small loss (engine.device cuda only); `auto`: on a GPU as a GGUF file has them (Q8_0, Q4_0, Q4_1, Q4_K, Q6_K), else float16. A change replaces the pods.
     #[serde(default)]
     pub dtype: Dtype,
 

@@ -101,8 +101,9 @@ template <class F> __device__ __forceinline__ void dequantise(const Dequantise& 
         ((uint4*)p.w)[i] = make_uint4(h[0], h[1], h[2], h[3]);
     }
 }
-KERNEL __launch_bounds__(256) dequantise8(const __grid_constant__ Dequantise p) { dequantise<Int8>(p); }
-KERNEL __launch_bounds__(256) dequantise4(const __grid_constant__ Dequantise p) { dequantise<Int4>(p); }
+#define DEQUANTISE(FORMAT, NAME) \
+    KERNEL __launch_bounds__(256) dequantise##NAME(const __grid_constant__ Dequantise p) { dequantise<FORMAT>(p); }
+FORMATS(DEQUANTISE)
 
 struct EmbedQ {
     const Row* rows;
@@ -145,5 +146,6 @@ template <class F> __device__ __forceinline__ void embed(const EmbedQ& p) {
         *(u32*)(p.normed + at + column) = pack_finite(v.x * scale * norm.x, v.y * scale * norm.y);
     });
 }
-KERNEL __launch_bounds__(256) embed8(const __grid_constant__ EmbedQ p) { embed<Int8>(p); }
-KERNEL __launch_bounds__(256) embed4(const __grid_constant__ EmbedQ p) { embed<Int4>(p); }
+#define EMBED(FORMAT, NAME) \
+    KERNEL __launch_bounds__(256) embed##NAME(const __grid_constant__ EmbedQ p) { embed<FORMAT>(p); }
+FORMATS(EMBED)

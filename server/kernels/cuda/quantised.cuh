@@ -26,8 +26,15 @@ template <int BITS_, int GROUP_, bool LEAST_> struct Format {
     static constexpr int VALUES = UNIT * BITS;
     static constexpr int BYTES = VALUES + 8 * GROUPS * (LEAST ? 4 : 2);
 };
+// What is made of f16 weights.
 typedef Format<8, 128, false> Int8;
 typedef Format<4, 128, false> Int4;
+// What weights of GGUF files are kept as: Q8_0; Q4_0, Q4_1 and Q4_K; Q6_K.
+typedef Format<8, 32, false> Int8By32;
+typedef Format<4, 32, true> Int4By32;
+typedef Format<8, 16, false> Int8By16;
+// Kernels of a format are named by the last: EACH(Int8, 8) and so on.
+#define FORMATS(EACH) EACH(Int8, 8) EACH(Int4, 4) EACH(Int8By32, 8by32) EACH(Int4By32, 4by32) EACH(Int8By16, 8by16)
 
 // Where a unit begins.
 template <class F> __device__ __forceinline__ size_t unit_at(int unit, int eight, int rows) {

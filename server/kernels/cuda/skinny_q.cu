@@ -111,19 +111,27 @@ __device__ __forceinline__ void skinny(const SkinnyQ& p) {
 
 // AHEAD: whether there is room in registers to ask for x ahead of its turn. BOUNDS: what the
 // compiler makes registers fit: threads, and blocks of a multiprocessor (left to it with 8 bits).
-#define SKINNY(OP, NAME, BITS, MT, NT, STAGES, AHEAD, BOUNDS)                           \
-    KERNEL __launch_bounds__ BOUNDS skinny##BITS##_##NAME##_w8_m##MT##_n##NT(           \
-        const __grid_constant__ SkinnyQ p) {                                            \
-        skinny<OP, Int##BITS, 8, MT, NT, STAGES, AHEAD>(p);                                  \
+#define SKINNY(OP, NAME, FORMAT, BITS, MT, NT, STAGES, AHEAD, BOUNDS)         \
+    KERNEL __launch_bounds__ BOUNDS skinny##BITS##_##NAME##_w8_m##MT##_n##NT( \
+        const __grid_constant__ SkinnyQ p) {                                  \
+        skinny<OP, FORMAT, 8, MT, NT, STAGES, AHEAD>(p);                      \
     }
-#define SKINNY_TILES(OP, NAME)                    \
-    SKINNY(OP, NAME, 8, 1, 1, 2, false, (256))    \
-    SKINNY(OP, NAME, 8, 2, 1, 2, false, (256))    \
-    SKINNY(OP, NAME, 8, 1, 2, 2, false, (256, 2)) \
-    SKINNY(OP, NAME, 4, 1, 1, 3, true, (256, 2))  \
-    SKINNY(OP, NAME, 4, 2, 1, 3, false, (256, 2)) \
-    SKINNY(OP, NAME, 4, 1, 2, 3, false, (256, 2))
-SKINNY_TILES(QKV, qkv)
-SKINNY_TILES(RESIDUAL, residual)
-SKINNY_TILES(GATE_UP, gate_up)
-SKINNY_TILES(HEAD, head)
+#define EIGHT(OP, NAME, FORMAT, BITS, STAGES, OF_TWO)          \
+    SKINNY(OP, NAME, FORMAT, BITS, 1, 1, STAGES, false, (256)) \
+    SKINNY(OP, NAME, FORMAT, BITS, 2, 1, OF_TWO, false, (256)) \
+    SKINNY(OP, NAME, FORMAT, BITS, 1, 2, STAGES, false, (256, 2))
+#define FOUR(OP, NAME, FORMAT, BITS, STAGES, OF_TWO)              \
+    SKINNY(OP, NAME, FORMAT, BITS, 1, 1, STAGES, true, (256, 2))  \
+    SKINNY(OP, NAME, FORMAT, BITS, 2, 1, OF_TWO, false, (256, 2)) \
+    SKINNY(OP, NAME, FORMAT, BITS, 1, 2, STAGES, false, (256, 2))
+// Of units of 64 columns more are under way: with one tile of outputs, and with two.
+#define TILES(OP, NAME)                    \
+    EIGHT(OP, NAME, Int8, 8, 2, 2)         \
+    EIGHT(OP, NAME, Int8By32, 8by32, 4, 3) \
+    EIGHT(OP, NAME, Int8By16, 8by16, 4, 2) \
+    FOUR(OP, NAME, Int4, 4, 3, 3)          \
+    FOUR(OP, NAME, Int4By32, 4by32, 6, 4)
+TILES(QKV, qkv)
+TILES(RESIDUAL, residual)
+TILES(GATE_UP, gate_up)
+TILES(HEAD, head)

@@ -2,20 +2,15 @@
 #include "thin.cuh"
 
 constexpr int THREADS = 32 * (QUANTISED_WARPS + 2);
-#define THIN(OP, NAME, BN, FORMAT, BITS)                                                                     \
+#define THIN(OP, NAME, BN, FORMAT, BITS)                                                              \
     KERNEL __launch_bounds__(THREADS, 1) thin##BITS##_##NAME##_##BN(const __grid_constant__ Thin p) { \
-        thin<OP, BN, Quantised<FORMAT>>(p);                                                                  \
+        thin<OP, BN, Quantised<FORMAT>>(p);                                                           \
     }
-#define FORMATS(OP, NAME, BN) THIN(OP, NAME, BN, Int8, 8) THIN(OP, NAME, BN, Int4, 4)
-FORMATS(QKV, qkv, 16)
-FORMATS(QKV, qkv, 24)
-FORMATS(QKV, qkv, 32)
-FORMATS(QKV, qkv, 40)
-FORMATS(RESIDUAL, residual, 16)
-FORMATS(RESIDUAL, residual, 24)
-FORMATS(RESIDUAL, residual, 32)
-FORMATS(RESIDUAL, residual, 40)
-FORMATS(GATE_UP, gate_up, 32)
-FORMATS(GATE_UP, gate_up, 64)
-FORMATS(GATE_UP, gate_up, 128)
-FORMATS(HEAD, head, 128)
+#define TILES(FORMAT, BITS)                                                                             \
+    THIN(QKV, qkv, 16, FORMAT, BITS) THIN(QKV, qkv, 24, FORMAT, BITS)                                   \
+    THIN(QKV, qkv, 32, FORMAT, BITS) THIN(QKV, qkv, 40, FORMAT, BITS)                                   \
+    THIN(RESIDUAL, residual, 16, FORMAT, BITS) THIN(RESIDUAL, residual, 24, FORMAT, BITS)               \
+    THIN(RESIDUAL, residual, 32, FORMAT, BITS) THIN(RESIDUAL, residual, 40, FORMAT, BITS)               \
+    THIN(GATE_UP, gate_up, 32, FORMAT, BITS) THIN(GATE_UP, gate_up, 64, FORMAT, BITS)                   \
+    THIN(GATE_UP, gate_up, 128, FORMAT, BITS) THIN(HEAD, head, 128, FORMAT, BITS)
+FORMATS(TILES)

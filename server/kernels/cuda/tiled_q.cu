@@ -101,13 +101,10 @@ template <int OP, class F> __device__ __forceinline__ void tiled(const TiledQ& p
                 write_pair<OP>(p, blockIdx.z, n0 + 8 * n + 2 * t + e, m0 + 16 * i + g, g, c[i][n][e], c[i][n][2 + e]);
 }
 
-#define TILED(OP, NAME, BITS)                                                              \
+#define TILED(OP, NAME, FORMAT, BITS)                                                          \
     KERNEL __launch_bounds__(THREADS) tiled##BITS##_##NAME(const __grid_constant__ TiledQ p) { \
-        tiled<OP, Int##BITS>(p);                                                           \
+        tiled<OP, FORMAT>(p);                                                                  \
     }
-TILED(F16, f16, 8)
-TILED(F32, f32, 8)
-TILED(GATE_UP, gate_up, 8)
-TILED(F16, f16, 4)
-TILED(F32, f32, 4)
-TILED(GATE_UP, gate_up, 4)
+#define OPERATIONS(FORMAT, BITS) \
+    TILED(F16, f16, FORMAT, BITS) TILED(F32, f32, FORMAT, BITS) TILED(GATE_UP, gate_up, FORMAT, BITS)
+FORMATS(OPERATIONS)

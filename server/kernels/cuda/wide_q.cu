@@ -8,7 +8,5 @@
 #define SIZES(OP, NAME, FORMAT, BITS)                                                                       \
     WIDE(OP, NAME, 32, FORMAT, BITS) WIDE(OP, NAME, 64, FORMAT, BITS) WIDE(OP, NAME, 96, FORMAT, BITS)      \
     WIDE(OP, NAME, 128, FORMAT, BITS) WIDE(OP, NAME, 192, FORMAT, BITS)
-SIZES(F32, f32, Int8, 8)
-SIZES(GATE_UP, gate_up, Int8, 8)
-SIZES(F32, f32, Int4, 4)
-SIZES(GATE_UP, gate_up, Int4, 4)
+#define TILES(FORMAT, BITS) SIZES(F32, f32, FORMAT, BITS) SIZES(GATE_UP, gate_up, FORMAT, BITS)
+FORMATS(TILES)

@@ -157,7 +157,20 @@ impl Checkpoint {
         }
     }
 
-    /// The same as f16, into room for exactly these rows. What f16 can't hold becomes an infinity.
+    /// Reads some rows as the files have them, into room for exactly these.
+    pub fn bytes(
+        &self,
+        tensor: &TensorHandle,
+        rows: Range<usize>,
+        out: &mut [u8],
+    ) -> Result<(), LoadError> {
+        match self {
+            Self::Gguf(file) => file.bytes(tensor, rows, out),
+            Self::HuggingFace(folder) => folder.weights.bytes(tensor, rows, out),
+        }
+    }
+
+    /// [`Self::rows`] as f16, into room for exactly these rows. What f16 can't hold becomes an infinity.
     pub fn halves(
         &self,
         tensor: &TensorHandle,

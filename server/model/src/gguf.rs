@@ -92,23 +92,37 @@ impl GgufFile {
 
     /// Reads and dequantises some rows.
     pub fn rows(&self, tensor: &TensorHandle, rows: Range<usize>) -> Result<Vec<f32>, LoadError> {
-        tensor::read_rows(&self.file, tensor, rows).map_err(|message| LoadError::Format {
-            path: self.path.clone(),
-            message: format!("tensor {}: {message}", tensor.name),
-        })
+        tensor::read_rows(&self.file, tensor, rows)
+            .map_err(|message| self.tensor_error(tensor, message))
     }
 
-    /// The same as f16.
+    /// Reads some rows as they are, into room for exactly these.
+    pub fn bytes(
+        &self,
+        tensor: &TensorHandle,
+        rows: Range<usize>,
+        out: &mut [u8],
+    ) -> Result<(), LoadError> {
+        tensor::read_bytes(&self.file, tensor, rows, out)
+            .map_err(|message| self.tensor_error(tensor, message))
+    }
+
+    /// [`Self::rows`] as f16.
     pub fn halves(
         &self,
         tensor: &TensorHandle,
         rows: Range<usize>,
         out: &mut [f16],
     ) -> Result<(), LoadError> {
-        tensor::read_halves(&self.file, tensor, rows, out).map_err(|message| LoadError::Format {
+        tensor::read_halves(&self.file, tensor, rows, out)
+            .map_err(|message| self.tensor_error(tensor, message))
+    }
+
+    fn tensor_error(&self, tensor: &TensorHandle, message: String) -> LoadError {
+        LoadError::Format {
             path: self.path.clone(),
             message: format!("tensor {}: {message}", tensor.name),
-        })
+        }
     }
 
     fn get(&self, key: &str) -> Result<&Value, LoadError> {

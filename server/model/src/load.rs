@@ -19,7 +19,7 @@ pub enum KvMemory {
 /// What weights are kept as.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Dtype {
-    /// f16.
+    /// On a GPU as a GGUF file has them (Q8_0, Q4_0, Q4_1, Q4_K, Q6_K); else f16.
     #[default]
     Auto,
     Float16,

@@ -170,7 +170,19 @@ impl SafetensorsFolder {
             .map_err(|message| shard.error(format!("tensor {}: {message}", tensor.name)))
     }
 
-    /// The same as f16.
+    /// Reads some rows as they are, into room for exactly these.
+    pub fn bytes(
+        &self,
+        tensor: &TensorHandle,
+        rows: Range<usize>,
+        out: &mut [u8],
+    ) -> Result<(), LoadError> {
+        let shard = self.shard_of(tensor)?;
+        tensor::read_bytes(&shard.file, tensor, rows, out)
+            .map_err(|message| shard.error(format!("tensor {}: {message}", tensor.name)))
+    }
+
+    /// [`Self::rows`] as f16.
     pub fn halves(
         &self,
         tensor: &TensorHandle,

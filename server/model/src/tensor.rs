@@ -21,11 +21,11 @@ pub struct TensorHandle {
     pub name: String,
     pub rows: usize,
     pub cols: usize,
-    dtype: GgmlDType,
+    pub(crate) dtype: GgmlDType,
     /// Which of the checkpoint's files holds it.
     pub(crate) file: usize,
     offset: u64,
-    row_bytes: usize,
+    pub(crate) row_bytes: usize,
     heads: Option<HalvedHeads>,
 }
 
@@ -94,90 +94,72 @@ impl HalvedHeads {
     }
 }
 
+/// Reads some rows as the file has them, into room for exactly these.
+pub(crate) fn read_bytes(
+    file: &File,
+    tensor: &TensorHandle,
+    rows: Range<usize>,
+    out: &mut [u8],
+) -> Result<(), String> {
+    let read = |rows: Range<usize>, out: &mut [u8]| {
+        let offset = (rows.start * tensor.row_bytes) as u64;
+        let offset = tensor.offset.saturating_add(offset);
+        file.read_exact_at(out, offset)
+            .map_err(|e| format!("{} bytes at {offset}: {e}", out.len()))
+    };
+    let Some(heads) = tensor.heads.filter(|_| tensor.rows > 1) else {
+        return read(rows, out);
+    };
+    let whole = heads.whole(&rows, tensor.rows);
+    let mut bytes = vec![0; whole.len() * tensor.row_bytes];
+    read(whole.clone(), &mut bytes)?;
+    for (row, out) in rows.zip(out.chunks_exact_mut(tensor.row_bytes)) {
+        let at = (heads.source(row) - whole.start) * tensor.row_bytes;
+        out.copy_from_slice(&bytes[at..at + tensor.row_bytes]);
+    }
+    Ok(())
+}
+
 /// Reads and dequantises some rows; an error says what is wrong with them.
 pub(crate) fn read_rows(
     file: &File,
     tensor: &TensorHandle,
     rows: Range<usize>,
 ) -> Result<Vec<f32>, String> {
-    let Some(heads) = tensor.heads else {
-        return read_in_order(file, tensor, rows);
-    };
-    if tensor.rows == 1 {
-        let values = read_in_order(file, tensor, 0..1)?;
-        return Ok((0..values.len()).map(|i| values[heads.source(i)]).collect());
-    }
-    let whole = heads.whole(&rows, tensor.rows);
-    let values = read_in_order(file, tensor, whole.clone())?;
-    let mut ordered = Vec::with_capacity(rows.len() * tensor.cols);
-    for row in rows {
-        let at = (heads.source(row) - whole.start) * tensor.cols;
-        ordered.extend_from_slice(&values[at..at + tensor.cols]);
-    }
-    Ok(ordered)
+    let mut bytes = vec![0; rows.len() * tensor.row_bytes];
+    read_bytes(file, tensor, rows.clone(), &mut bytes)?;
+    let values: Vec<f32> = QStorage::from_data(Cow::Owned(bytes), &Device::Cpu, tensor.dtype)
+        .and_then(|storage| QTensor::new(storage, (rows.len(), tensor.cols)))
+        .and_then(|q| q.dequantize(&Device::Cpu)?.flatten_all()?.to_vec1())
+        .map_err(|e| e.to_string())?;
+    Ok(match tensor.heads.filter(|_| tensor.rows == 1) {
+        Some(heads) => (0..values.len()).map(|i| values[heads.source(i)]).collect(),
+        None => values,
+    })
 }
 
-/// [`read_rows`] as f16, into `out`, which has room for exactly these rows. What f16 can't hold
-/// becomes an infinity.
+/// [`read_rows`] of a matrix as f16, into `out`, which has room for exactly these rows. What f16 can't
+/// hold becomes an infinity.
 pub(crate) fn read_halves(
     file: &File,
     tensor: &TensorHandle,
     rows: Range<usize>,
     out: &mut [f16],
 ) -> Result<(), String> {
-    match (tensor.heads, tensor.dtype) {
-        (None, GgmlDType::F16) => {
-            let bytes = read_bytes(file, tensor, rows)?;
-            let halves = bytes.as_chunks::<2>().0;
-            for (out, &bytes) in out.iter_mut().zip(halves) {
-                *out = f16::from_le_bytes(bytes);
-            }
+    let convert: fn([u8; 2]) -> f16 = match tensor.dtype {
+        GgmlDType::F16 => f16::from_le_bytes,
+        GgmlDType::BF16 => |bytes| f16::from_f32(bf16::from_le_bytes(bytes).to_f32()),
+        _ => {
+            out.convert_from_f32_slice(&read_rows(file, tensor, rows)?);
+            return Ok(());
         }
-        (None, GgmlDType::BF16) => {
-            let bytes = read_bytes(file, tensor, rows)?;
-            let halves = bytes.as_chunks::<2>().0;
-            for (out, &bytes) in out.iter_mut().zip(halves) {
-                *out = f16::from_f32(bf16::from_le_bytes(bytes).to_f32());
-            }
-        }
-        (None, _) => out.convert_from_f32_slice(&read_in_order(file, tensor, rows)?),
-        (Some(heads), _) => {
-            let whole = heads.whole(&rows, tensor.rows);
-            let mut ordered = vec![f16::ZERO; whole.len() * tensor.cols];
-            let plain = TensorHandle {
-                heads: None,
-                ..tensor.clone()
-            };
-            read_halves(file, &plain, whole.clone(), &mut ordered)?;
-            for (row, out) in rows.zip(out.chunks_exact_mut(tensor.cols)) {
-                let at = (heads.source(row) - whole.start) * tensor.cols;
-                out.copy_from_slice(&ordered[at..at + tensor.cols]);
-            }
-        }
+    };
+    let mut bytes = vec![0; rows.len() * tensor.row_bytes];
+    read_bytes(file, tensor, rows, &mut bytes)?;
+    for (out, &bytes) in out.iter_mut().zip(bytes.as_chunks::<2>().0) {
+        *out = convert(bytes);
     }
     Ok(())
-}
-
-fn read_bytes(file: &File, tensor: &TensorHandle, rows: Range<usize>) -> Result<Vec<u8>, String> {
-    let mut bytes = vec![0; rows.len() * tensor.row_bytes];
-    let offset = tensor
-        .offset
-        .saturating_add((rows.start * tensor.row_bytes) as u64);
-    file.read_exact_at(&mut bytes, offset)
-        .map_err(|e| format!("{} bytes at {offset}: {e}", bytes.len()))?;
-    Ok(bytes)
-}
-
-fn read_in_order(
-    file: &File,
-    tensor: &TensorHandle,
-    rows: Range<usize>,
-) -> Result<Vec<f32>, String> {
-    let bytes = read_bytes(file, tensor, rows.clone())?;
-    QStorage::from_data(Cow::Owned(bytes), &Device::Cpu, tensor.dtype)
-        .and_then(|storage| QTensor::new(storage, (rows.len(), tensor.cols)))
-        .and_then(|q| q.dequantize(&Device::Cpu)?.flatten_all()?.to_vec1())
-        .map_err(|e| e.to_string())
 }
 
 #[cfg(test)]

@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 mod common {
+    pub mod gguf;
     pub mod hugging_face;
 }
 
@@ -12,7 +13,11 @@ use std::{
     sync::{Mutex, MutexGuard, PoisonError},
 };
 
-use common::hugging_face::{HuggingFace, VOCAB, random};
+use candle_core::quantized::GgmlDType;
+use common::{
+    gguf::{MatrixType, write_gguf},
+    hugging_face::{HuggingFace, VOCAB, random},
+};
 use serde_json::json;
 use stoker_engine::{
     Engine, EngineConfig, Event, Limits, RealClock, Request, RequestId,
@@ -174,6 +179,66 @@ fn every_plan_has_the_cpus_logits() {
             let error = relative(&gpu_logits(&mut gpu, &tokens), &expected);
             eprintln!("{name} as {dtype}: error {error:.3} of the logits' size");
             assert!(error < most, "{name} as {dtype}");
+        }
+    }
+}
+
+/// A GGUF file's quantised weights as they are, against the same file as f16: numbers are the same, and
+/// scales of scales are rounded to f16 before they meet them instead of after.
+#[test]
+fn quantised_files_are_kept_as_they_are() {
+    let _alone = alone();
+    let tokens = tokens(12, TOKENS);
+    // As llama.cpp does for columns that aren't whole blocks of 256.
+    let whole = |dtype: GgmlDType, cols: usize| match cols.is_multiple_of(dtype.block_size()) {
+        true => dtype,
+        false => GgmlDType::Q8_0,
+    };
+    // Q4_K with some matrices of Q6_K, of which one stands beside Q4_K in a common matrix: f16.
+    let mixed = |name: &str, cols| match name.contains("attn_v") || name.contains("token_embd") {
+        true => whole(GgmlDType::Q6K, cols),
+        false => whole(GgmlDType::Q4K, cols),
+    };
+    let types: [(&str, MatrixType); 6] = [
+        ("Q8_0", &|_, _| GgmlDType::Q8_0),
+        ("Q4_0", &|_, _| GgmlDType::Q4_0),
+        ("Q4_1", &|_, _| GgmlDType::Q4_1),
+        ("Q4_K", &|_, cols| whole(GgmlDType::Q4K, cols)),
+        ("Q6_K", &|_, cols| whole(GgmlDType::Q6K, cols)),
+        ("Q4_K with Q6_K", &mixed),
+    ];
+    for (model, architecture) in [
+        (HuggingFace::llama3().for_gpu(), "llama"),
+        (HuggingFace::qwen2().for_gpu(), "qwen2"),
+    ] {
+        for (name, matrix_type) in &types {
+            let folder = tempfile::tempdir().unwrap();
+            let path = folder.path().join("model.gguf");
+            write_gguf(&model, architecture, matrix_type, &path);
+            let load = |dtype| {
+                let options = LoadOptions {
+                    dtype,
+                    max_model_len: Some(TOKENS as u32),
+                    kv_memory: KvMemory::Bytes(4 << 20),
+                    max_num_seqs: 4,
+                    max_num_batched_tokens: 64,
+                    ..LoadOptions::default()
+                };
+                let mut gpu = on_gpu(&path, &options)?;
+                let bytes = gpu.forward().weights().bytes();
+                Some((gpu_logits(&mut gpu, &tokens), bytes))
+            };
+            let Some((kept, bytes)) = load(Dtype::Auto) else {
+                return;
+            };
+            let (halves, halves_bytes) = load(Dtype::Float16).unwrap();
+            let share = bytes as f64 / halves_bytes as f64;
+            let error = relative(&kept, &halves);
+            eprintln!(
+                "{architecture}, {name}: {error:.1e} of the logits' size, {share:.2} of the memory"
+            );
+            assert!(error < 0.01, "{architecture}, {name}");
+            assert!(share < 0.7, "{architecture}, {name}");
         }
     }
 }

@@ -13,7 +13,7 @@ use common::{GREEDY, Request, generate};
 use serde::Deserialize;
 use stoker_engine::executor::Sampling;
 use stoker_kernels::cuda::CudaError;
-use stoker_model::{CudaExecutor, KvMemory, LoadError, LoadOptions, LoadedModel};
+use stoker_model::{CudaExecutor, Dtype, KvMemory, LoadError, LoadOptions, LoadedModel};
 
 /// Where the best two tokens are nearer than this (nats), arithmetic in another order may choose
 /// the other one.
@@ -43,13 +43,14 @@ fn alone() -> MutexGuard<'static, ()> {
     GPU.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-fn model() -> Option<LoadedModel<CudaExecutor>> {
+fn model(dtype: Dtype) -> Option<LoadedModel<CudaExecutor>> {
     let path = match std::env::var_os("STOKER_TEST_MODEL") {
         Some(path) => PathBuf::from(path),
         None => PathBuf::from(std::env::var_os("HOME").unwrap_or_default())
             .join(".cache/stoker/models/SmolLM2-135M-Instruct.Q4_1.gguf"),
     };
     let options = LoadOptions {
+        dtype,
         kv_memory: KvMemory::Bytes(1 << 30),
         max_num_seqs: 64,
         ..LoadOptions::default()
@@ -66,10 +67,18 @@ fn model() -> Option<LoadedModel<CudaExecutor>> {
     }
 }
 
+/// Weights as the file has them (Q4_1), and as f16.
 #[test]
 fn greedy_tokens_equal_the_reference_alone_and_together() {
     let _alone = alone();
-    let Some(mut model) = model() else { return };
+    for dtype in [Dtype::Auto, Dtype::Float16] {
+        let Some(model) = model(dtype) else { return };
+        eprintln!("{dtype}: {} bytes of weights", model.info.weight_bytes);
+        compare(model);
+    }
+}
+
+fn compare(mut model: LoadedModel<CudaExecutor>) {
     let text = include_str!("data/smollm2_greedy_reference.json");
     let prompts = serde_json::from_str::<Reference>(text).unwrap().prompts;
     let request = |prompt: &Prompt| Request {
@@ -134,7 +143,9 @@ fn greedy_tokens_equal_the_reference_alone_and_together() {
 #[test]
 fn a_seed_gives_the_same_tokens_in_any_batch() {
     let _alone = alone();
-    let Some(mut model) = model() else { return };
+    let Some(mut model) = model(Dtype::Auto) else {
+        return;
+    };
     let text = include_str!("data/smollm2_greedy_reference.json");
     let prompts = serde_json::from_str::<Reference>(text).unwrap().prompts;
     let sampled = |seed| Request {

@@ -270,7 +270,7 @@ impl Kernels {
             };
         }
         if let AnyWeights::Quantised(w) = w {
-            return quantised_products::skinny_tile(w.bits(), out, rows);
+            return quantised_products::skinny_tile(w.format(), out, rows);
         }
         let (warps, tiles) = match (out, groups(rows)) {
             (FewOut::GateUp(_), 1) | (FewOut::F16(_), 2) | (_, 4) => (8, 2),
@@ -344,8 +344,8 @@ impl Kernels {
                     ),
                     AnyWeights::Quantised(w) => (
                         w.values().pointer(),
-                        quantised_products::few_name(w.bits(), operation, tiles, groups),
-                        quantised_products::skinny_blocks(w.bits(), rows),
+                        quantised_products::few_name(w.format(), operation, tiles, groups),
+                        quantised_products::skinny_blocks(w.format(), rows),
                     ),
                 };
                 let shape = Shape {

@@ -158,6 +158,15 @@ impl<'a, T: Plain> Slice<'a, T> {
         })
     }
 
+    /// The same memory, byte by byte.
+    pub fn as_bytes(self) -> Slice<'a, u8> {
+        Slice {
+            pointer: self.pointer,
+            len: self.len * size_of::<T>(),
+            values: PhantomData,
+        }
+    }
+
     /// Checks that there are at least so many values.
     pub(crate) fn at_least(self, what: &'static str, len: usize) -> Result<u64, CudaError> {
         if self.len < len {
@@ -246,6 +255,16 @@ impl<T: Plain> Pinned<T> {
     pub fn as_mut_slice(&mut self) -> &mut [T] {
         // SAFETY: owned, initialised in `zeroed`, and `T` is plain.
         unsafe { std::slice::from_raw_parts_mut(self.pointer, self.len) }
+    }
+
+    /// The first `count` values of another type; see [`Self::as_mut_slice`].
+    pub fn as_mut_slice_of<U: Plain>(&mut self, count: usize) -> Result<&mut [U], CudaError> {
+        let room = self.len * size_of::<T>() / size_of::<U>();
+        if count > room {
+            check("room in pinned memory", room, count)?;
+        }
+        // SAFETY: within the memory, which begins a page; both types are plain.
+        Ok(unsafe { std::slice::from_raw_parts_mut(self.pointer.cast(), count) })
     }
 
     /// Puts values of another type at a byte of this memory; see [`Self::as_mut_slice`].

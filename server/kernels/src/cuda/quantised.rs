@@ -1,13 +1,11 @@
 //! Weights of 8 or 4 bits (quantised.cuh), made from f16 on the GPU (quantise.cu).
 #![allow(unsafe_code)]
 
-use std::sync::Arc;
-
 use half::f16;
 
 use super::{
-    driver::Gpu,
     error::CudaError,
+    format::{EIGHT, Format, Order},
     launch::{Kernels, Shape},
     memory::{Buffer, Slice},
     step::StepRow,
@@ -16,30 +14,14 @@ use super::{
 };
 use crate::error::check;
 
-/// Values that share a scale.
-pub const GROUP: usize = 128;
+/// Formats that f16 weights are turned into.
+const MADE: [Format; 2] = [Format::INT8, Format::INT4];
 
-/// Bits of a weight.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Bits {
-    Eight,
-    Four,
-}
-
-/// Which columns stand together, by the kernels that unpack them.
-#[repr(i32)]
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Order {
-    Runs,
-    /// Of Hopper's kernels.
-    Fragments,
-}
-
-/// A matrix `[rows, cols]` of 8 or 4 bits a value, with an f16 scale for every [`GROUP`] values of a
-/// row.
+/// A matrix `[rows, cols]` of 8 or 4 bits a value, packed in units: `[cols / unit][rows / 8]` (see
+/// [`Format::unit`]).
 #[derive(Debug)]
 pub struct Quantised {
-    bits: Bits,
+    format: Format,
     order: Order,
     values: Buffer<u8>,
     rows: usize,
@@ -47,10 +29,11 @@ pub struct Quantised {
 }
 
 pub(crate) fn quantise_kernels() -> Vec<(String, u32)> {
-    ["quantise", "dequantise", "embed"]
-        .iter()
-        .flat_map(|name| [8, 4].map(|bits| (format!("{name}{bits}"), 0)))
-        .collect()
+    let made = MADE.map(|format| format!("quantise{}", format.name()));
+    let read = ["dequantise", "embed"]
+        .into_iter()
+        .flat_map(|name| Format::ALL.map(|format| format!("{name}{}", format.name())));
+    made.into_iter().chain(read).map(|name| (name, 0)).collect()
 }
 
 #[repr(C)]
@@ -85,49 +68,25 @@ struct EmbedParameters {
     epsilon: f32,
 }
 
-impl Bits {
-    pub(super) fn count(self) -> usize {
-        match self {
-            Self::Eight => 8,
-            Self::Four => 4,
-        }
-    }
-
-    /// Columns of a unit: what eight rows have together (quantised.cuh).
-    pub(super) fn unit(self) -> usize {
-        GROUP
-    }
-
-    /// Bytes of a unit, with its scales.
-    pub(super) fn unit_bytes(self) -> usize {
-        let unit = self.unit();
-        unit * self.count() + unit / GROUP * 8 * size_of::<f16>()
-    }
-}
-
 impl Quantised {
-    /// Whether a matrix is made of whole groups, of whole sixteens of rows.
-    pub fn fits(rows: usize, cols: usize) -> bool {
-        cols.is_multiple_of(GROUP) && rows.is_multiple_of(16)
-    }
-
-    fn zeroed(
-        gpu: &Arc<Gpu>,
-        (bits, order): (Bits, Order),
+    /// Zeros, in the order of this GPU's kernels.
+    pub fn zeroed(
+        kernels: &Kernels,
+        format: Format,
         rows: usize,
         cols: usize,
     ) -> Result<Self, CudaError> {
-        if !Self::fits(rows, cols) {
+        if !format.fits(rows, cols) {
             return Err(CudaError::Matrix { rows, cols });
         }
+        let bytes = rows / EIGHT * (cols / format.unit()) * format.unit_bytes();
         Ok(Self {
-            bits,
-            order,
-            values: Buffer::zeroed(
-                gpu,
-                "weights",
-                rows / 8 * (cols / bits.unit()) * bits.unit_bytes(),
-            )?,
+            format,
+            order: match kernels.has_wgmma() {
+                true => Order::Fragments,
+                false => Order::Runs,
+            },
+            values: Buffer::zeroed(kernels.gpu(), "weights", bytes)?,
             rows,
             cols,
         })
@@ -143,8 +102,8 @@ impl Quantised {
         self.cols
     }
 
-    pub fn bits(&self) -> Bits {
-        self.bits
+    pub fn format(&self) -> Format {
+        self.format
     }
 
     pub fn bytes(&self) -> u64 {
@@ -162,33 +121,30 @@ impl Quantised {
 }
 
 impl Kernels {
-    /// The matrix in 8 or 4 bits: the value nearest to each, by the scale of its group.
+    /// The matrix as [`Format::INT8`] or [`Format::INT4`]: the value nearest to each, by the scale of its
+    /// group.
     pub fn quantise(
         &self,
         stream: &Stream,
         w: &Weights,
-        bits: Bits,
+        format: Format,
     ) -> Result<Quantised, CudaError> {
-        let order = match self.has_wgmma() {
-            true => Order::Fragments,
-            false => Order::Runs,
-        };
-        let quantised = Quantised::zeroed(self.gpu(), (bits, order), w.rows(), w.cols())?;
+        let quantised = Quantised::zeroed(self, format, w.rows(), w.cols())?;
         let p = QuantiseParameters {
             w: w.values().pointer(),
             q: quantised.values.all().pointer(),
             m: w.rows() as i32,
             k: w.cols() as i32,
-            order,
+            order: quantised.order,
         };
-        let warps = w.rows() * (w.cols() / GROUP);
+        let warps = w.rows() * (w.cols() / format.group());
         let shape = Shape {
             grid: [warps.div_ceil(8) as u32, 1, 1],
             threads: 256,
             shared: 0,
             early: false,
         };
-        let kernel = self.kernel(&format!("quantise{}", bits.count()))?;
+        let kernel = self.kernel(&format!("quantise{}", format.name()))?;
         // SAFETY: both matrices have the same rows and columns, whole groups.
         unsafe { self.launch(stream, kernel, shape, &p) }?;
         Ok(quantised)
@@ -223,7 +179,7 @@ impl Kernels {
             shared: 0,
             early: true,
         };
-        let kernel = self.kernel(&format!("dequantise{}", w.bits.count()))?;
+        let kernel = self.kernel(&format!("dequantise{}", w.format.name()))?;
         // SAFETY: both matrices have the same rows and columns.
         unsafe { self.launch(stream, kernel, shape, &p) }
     }
@@ -260,7 +216,7 @@ impl Kernels {
             shared: 0,
             early: false,
         };
-        let kernel = self.kernel(&format!("embed{}", table.bits.count()))?;
+        let kernel = self.kernel(&format!("embed{}", table.format.name()))?;
         // SAFETY: as in `embed`.
         unsafe { self.launch(stream, kernel, shape, &p) }
     }

@@ -8,10 +8,11 @@ use half::f16;
 use super::{
     error::CudaError,
     few::{self, FewOut, FewTile},
+    format::Format,
     launch::{Kernels, Shape},
     many::{self, ManyOut, ManyShape, Placed, STEP, TiledParameters, WideParameters},
     memory::Slice,
-    quantised::{Bits, Quantised},
+    quantised::Quantised,
     stream::Stream,
     thin,
 };
@@ -21,8 +22,6 @@ const MOST_PARTS: usize = 8;
 
 /// Most rows that streamed products take.
 pub const FEW_ROWS_QUANTISED: usize = 16;
-
-const BOTH: [Bits; 2] = [Bits::Eight, Bits::Four];
 
 /// Cuts of products of few rows that are compiled before Hopper: (tiles of 16 outputs, groups of 8
 /// rows).
@@ -40,68 +39,69 @@ const TILE_SHARED: u32 = (2 * TILE_ROWS * ALONG * size_of::<f16>()) as u32;
 const WIDE_ROWS: [usize; 5] = [32, 64, 96, 128, 192];
 
 pub(crate) fn thin_kernels() -> Vec<(String, u32)> {
-    BOTH.into_iter()
-        .flat_map(|bits| thin::kernels(Some(bits)))
+    Format::ALL
+        .into_iter()
+        .flat_map(|format| thin::kernels(Some(format)))
         .collect()
 }
 
 pub(crate) fn skinny_kernels() -> Vec<(String, u32)> {
     let mut names = Vec::new();
-    for bits in BOTH {
+    for format in Format::ALL {
         for operation in few::OPERATIONS {
             for &(tiles, groups) in CUTS {
-                names.push((few_name(bits, operation, tiles, groups), 0));
+                names.push((few_name(format, operation, tiles, groups), 0));
             }
         }
     }
     names
 }
 
-pub(super) fn few_name(bits: Bits, operation: &str, tiles: u32, groups: u32) -> String {
-    let bits = bits.count();
-    format!("skinny{bits}_{operation}_w{WARPS}_m{tiles}_n{groups}")
+pub(super) fn few_name(format: Format, operation: &str, tiles: u32, groups: u32) -> String {
+    let name = format.name();
+    format!("skinny{name}_{operation}_w{WARPS}_m{tiles}_n{groups}")
 }
 
 pub(crate) fn wide_kernels() -> Vec<(String, u32)> {
     let mut names = Vec::new();
-    for bits in BOTH {
+    for format in Format::ALL {
         for operation in ["f32", "gate_up"] {
             for rows in WIDE_ROWS {
-                let shared = many::stages(wide_stage(bits, rows)).1;
-                names.push((wide_name(bits, operation, rows), shared));
+                let shared = many::stages(wide_stage(format, rows)).1;
+                names.push((wide_name(format, operation, rows), shared));
             }
         }
     }
     names
 }
 
-fn wide_name(bits: Bits, operation: &str, rows: usize) -> String {
-    format!("wide{}_{operation}_{rows}", bits.count())
+fn wide_name(format: Format, operation: &str, rows: usize) -> String {
+    format!("wide{}_{operation}_{rows}", format.name())
 }
 
 /// Bytes of a stage: weights of [`ALONG`] values along k, made a multiple of 1024, and rows.
-fn wide_stage(bits: Bits, rows: usize) -> usize {
-    let weights = ALONG / bits.unit() * many::FIRST / 8 * bits.unit_bytes();
+fn wide_stage(format: Format, rows: usize) -> usize {
+    let weights = ALONG / format.unit() * many::FIRST / 8 * format.unit_bytes();
     weights.next_multiple_of(1024) + rows * ALONG * size_of::<f16>()
 }
 
 pub(crate) fn tiled_kernels() -> Vec<(String, u32)> {
     let mut names = Vec::new();
-    for bits in BOTH {
+    for format in Format::ALL {
         for operation in ["f16", "f32", "gate_up"] {
-            names.push((format!("tiled{}_{operation}", bits.count()), TILE_SHARED));
+            names.push((format!("tiled{}_{operation}", format.name()), TILE_SHARED));
         }
     }
     names
 }
 
 /// The cut before Hopper that is fastest on the whole, as measured (docs/kernels.md).
-pub(super) fn skinny_tile(bits: Bits, out: &FewOut, rows: usize) -> FewTile {
+pub(super) fn skinny_tile(format: Format, out: &FewOut, rows: usize) -> FewTile {
     let wide = matches!(
-        (bits, out),
-        (Bits::Eight, FewOut::Residual { .. })
+        (format.bits(), out),
+        (8, FewOut::Residual { .. })
             | (
-                Bits::Four,
+                4,
                 FewOut::F16(_) | FewOut::GateUp(_) | FewOut::Logits { .. }
             )
     );
@@ -112,9 +112,9 @@ pub(super) fn skinny_tile(bits: Bits, out: &FewOut, rows: usize) -> FewTile {
 }
 
 /// Blocks of a multiprocessor, as measured: 4 bits do better with fewer, that let the next kernel begin.
-pub(super) fn skinny_blocks(bits: Bits, rows: usize) -> u32 {
-    match (bits, few::groups(rows)) {
-        (Bits::Eight, 1) => 3,
+pub(super) fn skinny_blocks(format: Format, rows: usize) -> u32 {
+    match (format.bits(), few::groups(rows)) {
+        (8, 1) => 3,
         _ => 2,
     }
 }
@@ -141,7 +141,7 @@ impl Kernels {
     pub fn many_shape_quantised(
         &self,
         (m, k): (usize, usize),
-        bits: Bits,
+        format: Format,
         n: usize,
         sums: bool,
     ) -> ManyShape {
@@ -164,7 +164,7 @@ impl Kernels {
             .into_iter()
             .flat_map(|rows| (1..=most).map(move |parts| cut(rows, parts)));
         ManyShape::cheapest(cut(WIDE_ROWS[0], 1), cuts, |shape| {
-            shape.cost((m, k, n), bits.count(), processors, sums)
+            shape.cost((m, k, n), format.bits(), processors, sums)
         })
     }
 
@@ -178,7 +178,7 @@ impl Kernels {
         out: ManyOut,
         shape: ManyShape,
     ) -> Result<(), CudaError> {
-        let (m, k, n, bits) = (w.rows(), w.cols(), rows, w.bits());
+        let (m, k, n, format) = (w.rows(), w.cols(), rows, w.format());
         let Placed {
             halves,
             sums,
@@ -194,7 +194,7 @@ impl Kernels {
             shape.parts,
         ];
         if self.has_wgmma() {
-            let (stages, shared) = many::stages(wide_stage(bits, shape.columns));
+            let (stages, shared) = many::stages(wide_stage(format, shape.columns));
             let p = WideParameters {
                 a: sys::CUtensorMap { opaque: [0; 16] },
                 b: many::tensor_map(x, n, k, shape.columns)?,
@@ -215,7 +215,7 @@ impl Kernels {
                 shared,
                 early: true,
             };
-            let kernel = self.kernel(&wide_name(bits, out.operation(), shape.columns))?;
+            let kernel = self.kernel(&wide_name(format, out.operation(), shape.columns))?;
             // SAFETY: the sizes of all that the kernel reads and writes were checked above; a
             // `Quantised` has whole units, and the kernel checks rows and outputs itself.
             return unsafe { self.launch(stream, kernel, launch, &p) };
@@ -236,7 +236,7 @@ impl Kernels {
             shared: TILE_SHARED,
             early: true,
         };
-        let kernel = self.kernel(&format!("tiled{}_{}", bits.count(), out.operation()))?;
+        let kernel = self.kernel(&format!("tiled{}_{}", format.name(), out.operation()))?;
         // SAFETY: as above.
         unsafe { self.launch(stream, kernel, launch, &p) }
     }

@@ -1,7 +1,7 @@
 //! The order of work: streams, events and graphs.
 #![allow(unsafe_code)]
 
-use std::{cell::RefCell, sync::Arc, time::Duration};
+use std::{cell::RefCell, ptr, sync::Arc, time::Duration};
 
 use cudarc::driver::{
     result::{self, stream::StreamKind},
@@ -73,6 +73,43 @@ impl Stream {
         }
         .result()
         .context("copying a step to the GPU")
+    }
+
+    /// Copies the first `count` runs of `run` bytes to `to`, where each begins `pitch` bytes after the
+    /// one before; see [`Self::upload`].
+    pub fn upload_runs(
+        &self,
+        from: &Pinned<u8>,
+        (count, run): (usize, usize),
+        to: Slice<u8>,
+        pitch: usize,
+    ) -> Result<(), CudaError> {
+        if count * run > from.len() {
+            check("bytes to upload", count * run, from.len())?;
+        }
+        let room = count.saturating_sub(1) * pitch + run;
+        let copy = sys::CUDA_MEMCPY2D_v2 {
+            srcXInBytes: 0,
+            srcY: 0,
+            srcMemoryType: sys::CUmemorytype::CU_MEMORYTYPE_HOST,
+            srcHost: from.address(),
+            srcDevice: 0,
+            srcArray: ptr::null_mut(),
+            srcPitch: run,
+            dstXInBytes: 0,
+            dstY: 0,
+            dstMemoryType: sys::CUmemorytype::CU_MEMORYTYPE_DEVICE,
+            dstHost: ptr::null_mut(),
+            dstDevice: to.at_least("room for an upload", room)?,
+            dstArray: ptr::null_mut(),
+            dstPitch: pitch,
+            WidthInBytes: run,
+            Height: count,
+        };
+        // SAFETY: both sides have all runs, checked above.
+        unsafe { sys::cuMemcpy2DAsync_v2(&copy, self.stream) }
+            .result()
+            .context("copying weights to the GPU")
     }
 
     /// Copies within the GPU.

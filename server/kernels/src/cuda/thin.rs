@@ -7,9 +7,9 @@ use half::f16;
 use super::{
     error::CudaError,
     few::{AnyWeights, FewOut, Parameters},
+    format::{EIGHT, Format},
     launch::{Kernels, Shape},
     many::{STEP, boxes_map, tensor_map},
-    quantised::Bits,
     stream::Stream,
 };
 
@@ -47,25 +47,25 @@ struct ThinParameters {
     stages: i32,
 }
 
-/// Kernels for f16, or for weights of so many bits.
-pub(crate) fn kernels(bits: Option<Bits>) -> Vec<(String, u32)> {
+/// Kernels for f16, or for weights of a format.
+pub(crate) fn kernels(format: Option<Format>) -> Vec<(String, u32)> {
     let operations = SIZES.map(|(operation, _)| operation).into_iter();
     operations
         .flat_map(|operation| {
-            let sizes = sizes(operation, bits.is_some()).into_iter();
-            sizes.map(move |size| (name(bits, operation, size), SHARED as u32))
+            let sizes = sizes(operation, format.is_some()).into_iter();
+            sizes.map(move |size| (name(format, operation, size), SHARED as u32))
         })
         .collect()
 }
 
-fn name(bits: Option<Bits>, operation: &str, outputs: usize) -> String {
-    let bits = bits.map_or(String::new(), |bits| bits.count().to_string());
-    format!("thin{bits}_{operation}_{outputs}")
+fn name(format: Option<Format>, operation: &str, outputs: usize) -> String {
+    let weights = format.map_or(String::new(), Format::name);
+    format!("thin{weights}_{operation}_{outputs}")
 }
 
 /// Bytes of shared memory of a block that multiplies so many rows.
 fn shared(w: AnyWeights, rows: usize) -> usize {
-    let four = matches!(w, AnyWeights::Quantised(w) if w.bits() == Bits::Four);
+    let four = matches!(w, AnyWeights::Quantised(w) if w.format().bits() == 4);
     SHARED_FOUR
         .iter()
         .find(|(most, _)| four && rows <= *most)
@@ -99,10 +99,11 @@ impl Stage {
                     49..=64 => WARPS[1] / 2,
                     _ => WARPS[1] / 4,
                 };
-                // Two warps share the columns of a unit.
-                let (bits, along) = (w.bits(), parts / 2);
-                let weights = along * outputs / 8 * bits.unit_bytes();
-                (along * bits.unit() / STEP, parts, weights)
+                // Two warps share the columns of a unit of 128.
+                let format = w.format();
+                let along = parts / (format.unit() / STEP);
+                let weights = along * outputs / EIGHT * format.unit_bytes();
+                (along * format.unit() / STEP, parts, weights)
             }
         };
         let rows = boxes * rows * STEP * size_of::<f16>();
@@ -160,11 +161,11 @@ pub(super) fn launch(
     let before = 16 * MOST_STAGES + stage.parts * n * pitch * size_of::<f32>() + 1024;
     let shared = shared(w, n);
     let stages = ((shared - before) / stage.bytes).min(MOST_STAGES);
-    let (map, packed, bits) = match w {
+    let (map, packed, format) = match w {
         AnyWeights::F16(w) => (tensor_map(w.values().pointer(), m, k, outputs)?, 0, None),
         AnyWeights::Quantised(w) => {
             let none = sys::CUtensorMap { opaque: [0; 16] };
-            (none, w.values().pointer(), Some(w.bits()))
+            (none, w.values().pointer(), Some(w.format()))
         }
     };
     let p = ThinParameters {
@@ -177,11 +178,11 @@ pub(super) fn launch(
     let tiles = m.div_ceil(outputs) as u32;
     let shape = Shape {
         grid: [tiles.min(kernels.gpu().processors()), 1, 1],
-        threads: 32 * (WARPS[usize::from(bits.is_some())] as u32 + 2),
+        threads: 32 * (WARPS[usize::from(format.is_some())] as u32 + 2),
         shared: shared as u32,
         early: true,
     };
-    let kernel = kernels.kernel(&name(bits, operation, outputs))?;
+    let kernel = kernels.kernel(&name(format, operation, outputs))?;
     // SAFETY: the caller has checked the sizes of all that the kernel reads and writes; the maps end
     // where the matrices do, and the stages fit into the shared memory that is asked for.
     unsafe { kernels.launch(stream, kernel, shape, &p) }

@@ -4,8 +4,10 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 mod attention;
+mod heads;
 mod products;
 mod quantised;
+mod quantised_products;
 mod rows;
 mod sampling;
 mod support;

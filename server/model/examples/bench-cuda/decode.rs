@@ -6,7 +6,8 @@ use serde_json::{Value, json};
 use stoker_engine::{
     Engine, EngineConfig, Event, Limits, RealClock, Request, RequestId, executor::Executor,
 };
-use stoker_model::{CudaExecutor, Dtype};
+use stoker_kernels::cuda::Format;
+use stoker_model::CudaExecutor;
 
 use crate::{Bench, CONTEXT, Error, GREEDY};
 
@@ -115,7 +116,7 @@ pub fn run(bench: &Bench, batches: &[usize], more: &[(usize, usize)]) -> Result<
     Ok(runs)
 }
 
-/// Decoding with int8 and int4, and each run's speed against f16's. `more` is done with each type, too.
+/// Decoding with quantised weights, and each run's speed against f16's. `more` is done with each type, too.
 pub fn quantised(
     f16: &Bench,
     more: &dyn Fn(&Bench) -> Result<(), Error>,
@@ -123,8 +124,8 @@ pub fn quantised(
     let rate = |run: &Value| run["tok_s"].as_f64().unwrap_or(0.0);
     let base = run(f16, &COMPARED, &[])?;
     let (mut runs, mut ratios) = (Vec::new(), Vec::new());
-    for dtype in [Dtype::Int8, Dtype::Int4] {
-        let bench = f16.with(dtype)?;
+    for format in Format::ALL {
+        let bench = f16.with(format)?;
         println!("weights: {:.3} GB", bench.weights.bytes() as f64 / 1e9);
         more(&bench)?;
         for (found, base) in run(&bench, &COMPARED, &[])?.into_iter().zip(&base) {

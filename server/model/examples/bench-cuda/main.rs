@@ -1,6 +1,6 @@
 //! Times the whole engine on a GPU with random weights in the shape of Llama 3.2 3B: decoding with
-//! f16, int8 and int4, mixed steps and prompts, each against what the card can do. Prints tables, and
-//! JSON with `--json FILE`.
+//! f16, int8, int4 and as GGUF files have them, mixed steps and prompts, each against what the card can
+//! do. Prints tables, and JSON with `--json FILE`.
 //!
 //! `bench-cuda [decode] [quantised] [mixed] [prefill] [products] [tune]`; without a name all but the
 //! last two, which are done with each type of weights that is measured. `bench-cuda checkpoint DIR` writes such a model as a Hugging Face folder, for benches of
@@ -17,6 +17,7 @@ mod cublas;
 mod decode;
 mod prompts;
 mod tune;
+mod weights;
 
 use std::{path::Path, sync::Arc, time::Instant};
 
@@ -24,10 +25,10 @@ use serde_json::json;
 use stoker_engine::executor::{Executor, InputToken, Row, Sampling, StepBatch};
 use stoker_kernels::{
     AttentionShape,
-    cuda::{Gpu, GpuOptions, Kernels, Stream},
+    cuda::{Format, Gpu, GpuOptions, Kernels, Stream},
 };
 use stoker_model::{
-    CudaExecutor, Dtype, KvMemory, LoadOptions,
+    CudaExecutor, KvMemory, LoadOptions,
     architecture::{LLAMA, PairOrder},
     config::{ModelConfig, RopeScaling},
     cuda::{Tuning, Weights, copy_rate},
@@ -70,7 +71,8 @@ fn llama_3b() -> ModelConfig {
 struct Bench {
     kernels: Arc<Kernels>,
     weights: Arc<Weights>,
-    dtype: Dtype,
+    /// Of quantised weights.
+    format: Option<Format>,
     config: ModelConfig,
     /// Bytes a second.
     copy: f64,
@@ -102,11 +104,11 @@ impl Bench {
     }
 
     /// The same card and shape with weights of another type.
-    fn with(&self, dtype: Dtype) -> Result<Self, Error> {
+    fn with(&self, format: Format) -> Result<Self, Error> {
         Ok(Self {
             kernels: self.kernels.clone(),
-            weights: Arc::new(Weights::random(&self.kernels, &self.config, dtype)?),
-            dtype,
+            weights: Arc::new(weights::random(&self.kernels, &self.config, Some(format))?),
+            format: Some(format),
             config: self.config,
             copy: self.copy,
         })
@@ -114,10 +116,13 @@ impl Bench {
 
     /// As results name the weights' type.
     fn dtype(&self) -> &'static str {
-        match self.dtype {
-            Dtype::Auto | Dtype::Float16 => "f16",
-            Dtype::Int8 => "int8",
-            Dtype::Int4 => "int4",
+        match self.format {
+            None => "f16",
+            Some(Format::INT8) => "int8",
+            Some(Format::INT4) => "int4",
+            Some(Format::INT8_BY_32) => "Q8_0",
+            Some(Format::INT8_BY_16) => "Q6_K",
+            Some(_) => "Q4_K",
         }
     }
 
@@ -189,9 +194,9 @@ fn main() -> Result<(), Error> {
     println!("copy: {:.3} TB/s", copy / 1e12);
     let config = llama_3b();
     let bench = Bench {
-        weights: Arc::new(Weights::random(&kernels, &config, Dtype::Float16)?),
+        weights: Arc::new(weights::random(&kernels, &config, None)?),
         kernels,
-        dtype: Dtype::Float16,
+        format: None,
         config,
         copy,
     };

@@ -2,10 +2,7 @@
 
 use half::f16;
 use stoker_kernels::cuda::{self, Buffer, FewTile, Stream};
-use stoker_model::{
-    Dtype,
-    cuda::{Layer, Matrix, Tuning},
-};
+use stoker_model::cuda::{Layer, Matrix, Tuning};
 
 use crate::{Bench, CONTEXT, Error};
 
@@ -28,9 +25,9 @@ pub fn products(bench: &Bench, stream: &Stream) -> Result<(), Error> {
     );
     // Larger steps turn quantised weights into f16.
     let sizes = &[1, 8, 16, 32, 64, 128, 256, 512, 2048, 8192];
-    for &rows in match bench.dtype {
-        Dtype::Auto | Dtype::Float16 => &sizes[..],
-        Dtype::Int8 | Dtype::Int4 => &sizes[..7],
+    for &rows in match bench.format {
+        None => &sizes[..],
+        Some(_) => &sizes[..7],
     } {
         print!("{rows:15}");
         for which in 0..4 {
@@ -64,7 +61,7 @@ pub fn products(bench: &Bench, stream: &Stream) -> Result<(), Error> {
                         k.many(stream, rows, x.all(), w, to, shape)?;
                     }
                     Matrix::Quantised(w) => {
-                        let shape = k.many_shape_quantised(size, w.bits(), rows, parts);
+                        let shape = k.many_shape_quantised(size, w.format(), rows, parts);
                         k.many_quantised(stream, rows, x.all(), w, to, shape)?;
                     }
                 }

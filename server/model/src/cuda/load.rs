@@ -1,17 +1,18 @@
-//! Weights out of a checkpoint: read and turned into f16 by all processors, into pinned memory from
-//! which the copy engine takes one part while the next is filled.
+//! Weights out of a checkpoint: turned into f16, or kept as a GGUF file's quantised numbers.
 
 use std::{
     cell::{Cell, RefCell},
     ops::Range,
-    sync::Arc,
 };
 
 use half::f16;
-use rayon::prelude::*;
-use stoker_kernels::cuda::{self, Buffer, CudaError, Event, Gpu, Kernels, Pinned, Slice, Stream};
+use stoker_kernels::cuda::{self, Buffer, Format, Kernels, Quantised};
 
-use super::weights::{Layer, Matrix, Weights};
+use super::{
+    ggml,
+    staging::{RawRow, Staging},
+    weights::{Layer, Matrix, Weights},
+};
 use crate::{
     checkpoint::Checkpoint,
     config::ModelConfig,
@@ -21,11 +22,8 @@ use crate::{
     tensors::{LayerTensors, Tensors},
 };
 
-/// Rows that one task reads.
-const ROWS_PER_TASK: usize = 64;
-
-/// Values of a part that is copied at once.
-const STAGED: usize = 32 << 20;
+/// Bytes of a part that is copied at once.
+const STAGED: usize = 64 << 20;
 
 /// Gates, then ups, that stand together (see `interleave_gate_up`).
 const GATE_GROUP: usize = 8;
@@ -47,7 +45,7 @@ impl Weights {
             kernels,
             checkpoint,
             dtype,
-            staging: RefCell::new(Staging::new(gpu, STAGED.min(2 * largest as usize))?),
+            staging: RefCell::new(Staging::new(gpu, STAGED.min(4 * largest as usize))?),
             done: Cell::new(0),
             total: tensors.all().map(elements).sum(),
             progress,
@@ -155,17 +153,43 @@ impl Reader<'_> {
         let tensors = parts.tensors();
         let rows = tensors.iter().map(|tensor| tensor.rows).sum();
         let cols = tensors.first().map_or(0, |tensor| tensor.cols);
-        let weights = cuda::Weights::zeroed(self.kernels.gpu(), rows, cols)?;
         let checkpoint = self.checkpoint;
         let mut staging = self.staging.borrow_mut();
-        staging.copy(rows, cols, weights.values(), &|rows, out| {
-            fill(checkpoint, parts, rows, out)
-        })?;
-        let matrix = Matrix::new(self.kernels, &staging.stream, weights, self.dtype)?;
+        let matrix = match self.kept(&tensors).filter(|format| format.fits(rows, cols)) {
+            Some(format) => {
+                let weights = Quantised::zeroed(self.kernels, format, rows, cols)?;
+                staging.pack(&weights, &|rows| raw(checkpoint, parts, rows))?;
+                Matrix::Quantised(weights)
+            }
+            None => {
+                let weights = cuda::Weights::zeroed(self.kernels.gpu(), rows, cols)?;
+                staging.copy(rows, cols, weights.values(), &|rows, out| {
+                    fill(checkpoint, parts, rows, out)
+                })?;
+                Matrix::new(self.kernels, &staging.stream, weights, self.made())?
+            }
+        };
         for tensor in tensors {
             self.finished(tensor);
         }
         Ok(matrix)
+    }
+
+    /// What f16 weights are turned into.
+    fn made(&self) -> Option<Format> {
+        match self.dtype {
+            Dtype::Auto | Dtype::Float16 => None,
+            Dtype::Int8 => Some(Format::INT8),
+            Dtype::Int4 => Some(Format::INT4),
+        }
+    }
+
+    /// The format that a matrix of these tensors is kept in, where it isn't to become another one:
+    /// that of all of them.
+    fn kept(&self, tensors: &[&TensorHandle]) -> Option<Format> {
+        let mut formats = tensors.iter().map(|tensor| ggml::format(tensor.dtype));
+        let first = formats.next()??;
+        (self.dtype == Dtype::Auto && formats.all(|format| format == Some(first))).then_some(first)
     }
 
     fn values(&self, tensor: &TensorHandle) -> Result<Vec<f32>, LoadError> {
@@ -188,7 +212,27 @@ impl Reader<'_> {
     }
 }
 
-/// Some rows of a matrix.
+/// Some rows of a matrix as the files have them.
+fn raw<'a>(
+    checkpoint: &Checkpoint,
+    parts: Parts<'a>,
+    rows: Range<usize>,
+) -> Result<Vec<RawRow<'a>>, LoadError> {
+    let mut found = Vec::with_capacity(rows.len());
+    while found.len() < rows.len()
+        && let Some((tensor, run)) = parts.run(rows.start + found.len(), rows.end)
+    {
+        let mut bytes = vec![0; run.len() * tensor.row_bytes];
+        checkpoint.bytes(tensor, run, &mut bytes)?;
+        found.extend(bytes.chunks_exact(tensor.row_bytes).map(|bytes| RawRow {
+            tensor,
+            bytes: bytes.to_vec(),
+        }));
+    }
+    Ok(found)
+}
+
+/// Some rows of a matrix as f16.
 fn fill(
     checkpoint: &Checkpoint,
     parts: Parts,
@@ -212,59 +256,6 @@ fn fill(
         rest = after;
     }
     Ok(())
-}
-
-/// Writes the elements of some rows.
-type Fill<'a> = dyn Fn(Range<usize>, &mut [f16]) -> Result<(), LoadError> + Sync + 'a;
-
-/// Two places in pinned memory: one is filled while the other is copied from.
-struct Staging {
-    stream: Stream,
-    places: [(Pinned<f16>, Event); 2],
-    next: usize,
-}
-
-impl Staging {
-    fn new(gpu: &Arc<Gpu>, values: usize) -> Result<Self, CudaError> {
-        let place = || Ok::<_, CudaError>((Pinned::zeroed(gpu, values)?, Event::new(gpu)?));
-        Ok(Self {
-            stream: Stream::new(gpu)?,
-            places: [place()?, place()?],
-            next: 0,
-        })
-    }
-
-    /// Copies a matrix that `fill` gives some rows of.
-    fn copy(
-        &mut self,
-        rows: usize,
-        cols: usize,
-        to: Slice<f16>,
-        fill: &Fill<'_>,
-    ) -> Result<(), LoadError> {
-        let at_once = self.places[0].0.len() / cols.max(1);
-        for first in (0..rows).step_by(at_once.max(1)) {
-            let (pinned, copied) = &mut self.places[self.next];
-            copied.synchronize()?;
-            let count = at_once.min(rows - first);
-            let values = pinned
-                .as_mut_slice()
-                .get_mut(..count * cols)
-                .unwrap_or_default();
-            values
-                .par_chunks_mut(ROWS_PER_TASK * cols)
-                .enumerate()
-                .try_for_each(|(i, out)| {
-                    let start = first + i * ROWS_PER_TASK;
-                    fill(start..start + out.len() / cols, out)
-                })?;
-            let part = to.slice(first * cols..(first + count) * cols)?;
-            self.stream.upload(pinned, count * cols, part)?;
-            self.stream.record(copied)?;
-            self.next = 1 - self.next;
-        }
-        Ok(())
-    }
 }
 
 #[cfg(test)]

@@ -2,11 +2,13 @@
 
 mod executor;
 mod forward;
+mod ggml;
 mod load;
 mod memory;
 mod product;
 mod profile;
 mod sizes;
+mod staging;
 mod step;
 mod weights;
 

@@ -2,7 +2,7 @@
 
 use half::f16;
 use stoker_kernels::cuda::{
-    self, Bits, CudaError, Gpu, Kernels, ManyOut, ManyShape, Slice, Stream,
+    self, CudaError, Format, Gpu, Kernels, ManyOut, ManyShape, Slice, Stream,
 };
 
 use super::{Matrix, Weights};
@@ -33,16 +33,18 @@ pub(super) enum Becomes {
 impl Cut {
     pub fn of(
         kernels: &Kernels,
-        (m, k, bits): (usize, usize, Option<Bits>),
+        (m, k, format): (usize, usize, Option<Format>),
         rows: usize,
         becomes: Becomes,
     ) -> Self {
         let parts = becomes == Becomes::Parts;
         let large = rows > DEQUANTISE_ROWS && kernels.has_wgmma();
         // A single sum is the head's, whose samples are never that many.
-        let dequantised = bits.is_some() && large && becomes != Becomes::Sums;
-        let shape = match bits {
-            Some(bits) if !dequantised => kernels.many_shape_quantised((m, k), bits, rows, parts),
+        let dequantised = format.is_some() && large && becomes != Becomes::Sums;
+        let shape = match format {
+            Some(format) if !dequantised => {
+                kernels.many_shape_quantised((m, k), format, rows, parts)
+            }
             _ => kernels.many_shape(m, k, rows, parts, becomes == Becomes::F16),
         };
         Self { shape, dequantised }
@@ -132,7 +134,7 @@ pub(super) fn most_sums(
     let of = |(m, k, matrix, most): (usize, usize, &Matrix, usize)| {
         (1..=most.min(rows))
             .map(|n| {
-                let cut = Cut::of(kernels, (m, k, matrix.bits()), n, Becomes::Parts);
+                let cut = Cut::of(kernels, (m, k, matrix.format()), n, Becomes::Parts);
                 cut.parts() * n * m
             })
             .max()

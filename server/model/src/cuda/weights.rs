@@ -1,10 +1,12 @@
 //! A model's weights on the GPU.
 
-use std::cell::Cell;
+use std::sync::Arc;
 
-use stoker_kernels::cuda::{self, AnyWeights, Bits, Buffer, CudaError, Kernels, Quantised, Stream};
+use stoker_kernels::cuda::{
+    self, AnyWeights, Buffer, CudaError, Format, Gpu, Kernels, Quantised, Stream,
+};
 
-use crate::{config::ModelConfig, load::Dtype};
+use crate::config::ModelConfig;
 
 /// A weight matrix `[rows, cols]`.
 pub enum Matrix {
@@ -46,24 +48,19 @@ impl<'a> From<&'a Matrix> for AnyWeights<'a> {
 }
 
 impl Matrix {
-    /// The matrix as `dtype` has it: f16 also where its columns aren't whole groups.
-    pub(super) fn new(
+    /// The matrix in a format made of f16, or as it is; as it is also where it isn't made of whole units.
+    pub fn new(
         kernels: &Kernels,
         stream: &Stream,
         weights: cuda::Weights,
-        dtype: Dtype,
+        format: Option<Format>,
     ) -> Result<Self, CudaError> {
-        let bits = match dtype {
-            Dtype::Auto | Dtype::Float16 => return Ok(Self::F16(weights)),
-            Dtype::Int8 => Bits::Eight,
-            Dtype::Int4 => Bits::Four,
-        };
-        if !Quantised::fits(weights.rows(), weights.cols()) {
-            return Ok(Self::F16(weights));
+        match format.filter(|format| format.fits(weights.rows(), weights.cols())) {
+            Some(format) => kernels
+                .quantise(stream, &weights, format)
+                .map(Self::Quantised),
+            None => Ok(Self::F16(weights)),
         }
-        kernels
-            .quantise(stream, &weights, bits)
-            .map(Self::Quantised)
     }
 
     /// Outputs.
@@ -90,15 +87,15 @@ impl Matrix {
     }
 
     /// Of quantised weights.
-    pub fn bits(&self) -> Option<Bits> {
+    pub fn format(&self) -> Option<Format> {
         match self {
             Self::F16(_) => None,
-            Self::Quantised(w) => Some(w.bits()),
+            Self::Quantised(w) => Some(w.format()),
         }
     }
 
     pub fn is_quantised(&self) -> bool {
-        self.bits().is_some()
+        self.format().is_some()
     }
 }
 
@@ -109,46 +106,36 @@ impl Layer {
 }
 
 impl Weights {
-    /// Random weights whose activations neither vanish nor explode, for benches.
-    pub fn random(
-        kernels: &Kernels,
+    /// Weights in the shape of a model, each matrix as `matrix` makes it of its rows and columns; for
+    /// benches.
+    pub fn in_shape(
+        gpu: &Arc<Gpu>,
         config: &ModelConfig,
-        dtype: Dtype,
+        matrix: &dyn Fn(usize, usize) -> Result<Matrix, CudaError>,
     ) -> Result<Self, CudaError> {
-        let gpu = kernels.gpu();
-        let stream = Stream::new(gpu)?;
-        let seed = Cell::new(0);
-        let matrix = |rows, cols: usize| {
-            let matrix = cuda::Weights::zeroed(gpu, rows, cols)?;
-            seed.set(seed.get() + 1);
-            let size = 1.0 / (cols as f32).sqrt();
-            kernels.fill(&stream, matrix.values(), seed.get(), size)?;
-            Matrix::new(kernels, &stream, matrix, dtype)
-        };
         let norm = || Buffer::from_slice(gpu, "weights", &vec![1.0; config.hidden]);
         let shape = config.attention;
-        let weights = Self {
+        let layer = || {
+            Ok(Layer {
+                attention_norm: norm()?,
+                qkv: matrix(shape.qkv_width(), config.hidden)?,
+                qkv_bias: None,
+                head_norms: None,
+                output: matrix(config.hidden, shape.out_width())?,
+                ffn_norm: norm()?,
+                gate_up: matrix(2 * config.inner, config.hidden)?,
+                down: matrix(config.hidden, config.inner)?,
+            })
+        };
+        Ok(Self {
             embedding: matrix(config.vocab, config.hidden)?,
             layers: (0..config.layers)
-                .map(|_| {
-                    Ok(Layer {
-                        attention_norm: norm()?,
-                        qkv: matrix(shape.qkv_width(), config.hidden)?,
-                        qkv_bias: None,
-                        head_norms: None,
-                        output: matrix(config.hidden, shape.out_width())?,
-                        ffn_norm: norm()?,
-                        gate_up: matrix(2 * config.inner, config.hidden)?,
-                        down: matrix(config.hidden, config.inner)?,
-                    })
-                })
+                .map(|_| layer())
                 .collect::<Result<_, CudaError>>()?,
             output_norm: norm()?,
             output: None,
             rope_factors: None,
-        };
-        stream.synchronize()?;
-        Ok(weights)
+        })
     }
 
     /// The language-model head, `[vocab, hidden]`.

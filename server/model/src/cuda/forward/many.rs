@@ -85,7 +85,7 @@ impl Forward {
         out: ManyOut,
         becomes: Becomes,
     ) -> Result<usize, CudaError> {
-        let size = (w.rows(), w.cols(), w.bits());
+        let size = (w.rows(), w.cols(), w.format());
         let cut = Cut::of(&self.kernels, size, rows, becomes);
         let scratch = &self.scratch;
         product::many(&self.kernels, stream, scratch, (rows, x), w, out, cut)?;
