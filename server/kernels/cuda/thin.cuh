@@ -75,7 +75,7 @@ template <int OP, int BN, class W> __device__ __forceinline__ void thin(const Th
     const int steps = (f.k + C::BOXES * STEP - 1) / (C::BOXES * STEP);
 
     if (threadIdx.x == 0) {
-        for (int s = 0; s < p.stages; s++) barrier_init(full(s), 1), barrier_init(empty(s), WARPS);
+        for (int s = 0; s < p.stages; s++) barrier_init(full(s), 1), barrier_init(empty(s), CONSUMERS);
         barriers_made();
     }
     __syncthreads();
@@ -157,8 +157,7 @@ template <int OP, int BN, class W> __device__ __forceinline__ void thin(const Th
             const u32 from = ring + stage * stage_bytes;
             Work<BN, W> work;
             work.take(places, from + w_at, from, step);
-            __syncwarp();
-            if (lane == 0) barrier_arrive(empty(stage));
+            barrier_arrive(empty(stage));
             if (++stage == p.stages) stage = 0, parity ^= 1;
             work.multiply(places, d);
         }

@@ -152,7 +152,7 @@ template <int OP, bool ROWS_ARE_A, int BN, class W> __device__ __forceinline__ v
     const int steps_all = (p.k + S::ALONG - 1) / S::ALONG;
 
     if (threadIdx.x == 0) {
-        for (int s = 0; s < p.stages; s++) barrier_init(full(s), 1), barrier_init(empty(s), CONSUMERS / 32);
+        for (int s = 0; s < p.stages; s++) barrier_init(full(s), 1), barrier_init(empty(s), CONSUMERS);
         barriers_made();
     }
     __syncthreads();
@@ -187,11 +187,6 @@ template <int OP, bool ROWS_ARE_A, int BN, class W> __device__ __forceinline__ v
     wait_for_previous();
     const int half_a = threadIdx.x / 128;
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4, g = lane / 4, t = lane % 4;
-    // A warp is done with a stage: its own reads, and those of its products.
-    auto leave = [&](int stage) {
-        __syncwarp();
-        if (stage >= 0 && lane == 0) barrier_arrive(empty(stage));
-    };
     int stage = 0, parity = 0;
     for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
         const Place place = place_of<ROWS_ARE_A>(tile, as, bs);
@@ -203,12 +198,12 @@ template <int OP, bool ROWS_ARE_A, int BN, class W> __device__ __forceinline__ v
             barrier_wait(full(stage), parity);
             work.multiply(d, p, stages + stage * BYTES, half_a, first + step, step == 0);
             // The stage before is free.
-            leave(before);
+            if (before >= 0) barrier_arrive(empty(before));
             before = stage;
             if (++stage == p.stages) stage = 0, parity ^= 1;
         }
         wgmma_wait<0>();
-        leave(before);
+        if (before >= 0) barrier_arrive(empty(before));
 
         const int a0 = place.a * TILE_A + half_a * 64 + warp * 16 + g, b0 = place.b * BN;
         if (ROWS_ARE_A) {

@@ -9,14 +9,38 @@ use crate::{
     support::{Device, Errors, Random, device, floats},
 };
 
-#[test]
-fn quantised_products_of_few_rows() {
-    let Some(d) = device("quantised_products_of_few_rows") else {
-        return;
-    };
+/// A test of each form and format: sanitizers take hours, side by side minutes.
+macro_rules! products_of {
+    ($($name:ident: $format:expr),*) => {$(
+        mod $name {
+            use super::*;
+
+            #[test]
+            fn few_rows() {
+                products_of_few_rows(concat!(stringify!($name), "::few_rows"), $format);
+            }
+
+            #[test]
+            fn many_rows() {
+                products_of_many_rows(concat!(stringify!($name), "::many_rows"), $format);
+            }
+        }
+    )*};
+}
+
+products_of! {
+    int8: Format::INT8,
+    int4: Format::INT4,
+    int8_by_32: Format::INT8_BY_32,
+    int4_by_32: Format::INT4_BY_32,
+    int8_by_16: Format::INT8_BY_16
+}
+
+fn products_of_few_rows(test: &str, format: Format) {
+    let Some(d) = device(test) else { return };
     let mut errors = Errors::default();
     let mut random = Random(22);
-    for (m, k) in [
+    let sizes = [
         (208, 640),
         (1008, 1536),
         (1056, 128),
@@ -24,29 +48,28 @@ fn quantised_products_of_few_rows() {
         (32, 192),
         (960, 576),
         (304, 3072),
-    ] {
-        for format in Format::ALL.into_iter().filter(|format| format.fits(m, k)) {
-            let made = made(&d, &mut random, (m, k), format);
-            // On Hopper a unit of one scale has its products scaled after they are summed up, not its
-            // weights.
-            let after = d.kernels.has_wgmma() && format.unit() == format.group();
-            let expected = if after { made.values } else { made.halves };
-            let w = made.w;
-            for rows in [1, 3, 8, 9, 16] {
-                let x_halves = random.halves(rows * k);
-                let sums = product(&floats(&x_halves), &expected, rows, m, k);
-                let x = d.buffer(&x_halves);
-                let plain = FewIn {
-                    x: x.all(),
-                    squares: None,
-                    epsilon: 1e-5,
-                };
-                let what = format!("{format:?}: {rows} x {k} to {m}");
-                few(&d, &mut errors, &what, (rows, m, k), &sums, plain, &w);
-            }
+    ];
+    for (m, k) in sizes.into_iter().filter(|&(m, k)| format.fits(m, k)) {
+        let made = made(&d, &mut random, (m, k), format);
+        // On Hopper a unit of one scale has its products scaled after they are summed up, not its
+        // weights.
+        let after = d.kernels.has_wgmma() && format.unit() == format.group();
+        let expected = if after { made.values } else { made.halves };
+        let w = made.w;
+        for rows in [1, 3, 8, 9, 16] {
+            let x_halves = random.halves(rows * k);
+            let sums = product(&floats(&x_halves), &expected, rows, m, k);
+            let x = d.buffer(&x_halves);
+            let plain = FewIn {
+                x: x.all(),
+                squares: None,
+                epsilon: 1e-5,
+            };
+            let what = format!("{format:?}: {rows} x {k} to {m}");
+            few(&d, &mut errors, &what, (rows, m, k), &sums, plain, &w);
         }
     }
-    errors.finish("quantised_products_of_few_rows");
+    errors.finish(test);
 }
 
 /// Every output of a product; weights are a tenth of those that `size` is for.
@@ -154,53 +177,49 @@ fn few(
     );
 }
 
-#[test]
-fn quantised_products_of_many_rows() {
-    let Some(d) = device("quantised_products_of_many_rows") else {
-        return;
-    };
+fn products_of_many_rows(test: &str, format: Format) {
+    let Some(d) = device(test) else { return };
     let mut errors = Errors::default();
     let mut random = Random(23);
-    for (m, k) in [(208, 384), (320, 2048), (1056, 128), (208, 576)] {
-        for format in Format::ALL.into_iter().filter(|format| format.fits(m, k)) {
-            let made = made(&d, &mut random, (m, k), format);
-            let (expected, w) = (made.halves, made.w);
-            for rows in [1, 17, 33, 64, 65, 200] {
-                let x = random.halves(rows * k);
-                let sums = product(&floats(&x), &expected, rows, m, k);
-                let x = d.buffer(&x);
-                let what = format!("{format:?}: {rows} x {k} to {m}");
-                let size = size(k) / 10.0;
-                let run = |out: ManyOut, parts: bool| {
-                    let shape = d.kernels.many_shape_quantised((m, k), format, rows, parts);
-                    d.kernels
-                        .many_quantised(&d.stream, rows, x.all(), &w, out, shape)
-                        .unwrap();
-                    shape.parts
-                };
-                let out = d.poisoned_f32(8 * rows * m);
-                let parts = run(ManyOut::Sums(out.all()), true);
-                let all = out.all().read().unwrap();
-                let found: Vec<f32> = (0..rows * m)
-                    .map(|i| (0..parts).map(|part| all[part * rows * m + i]).sum())
-                    .collect();
-                errors.compare(&format!("{what} sums"), &found, &sums, size, 2e-4);
-                if !d.kernels.has_wgmma() {
-                    let out = d.poisoned(rows * m);
-                    run(ManyOut::F16(out.all()), false);
-                    let found = floats(&out.all().read().unwrap());
-                    errors.compare(&format!("{what} f16"), &found, &sums, size, 2e-3);
-                }
-                let out = d.poisoned(rows * m / 2);
-                run(ManyOut::GateUp(out.all()), false);
-                let gates: Vec<f32> = sums
-                    .chunks_exact(m)
-                    .flat_map(|row| gated(row, m, 1.0))
-                    .collect();
+    let sizes = [(208, 384), (320, 2048), (1056, 128), (208, 576)];
+    for (m, k) in sizes.into_iter().filter(|&(m, k)| format.fits(m, k)) {
+        let made = made(&d, &mut random, (m, k), format);
+        let (expected, w) = (made.halves, made.w);
+        for rows in [1, 17, 33, 64, 65, 200] {
+            let x = random.halves(rows * k);
+            let sums = product(&floats(&x), &expected, rows, m, k);
+            let x = d.buffer(&x);
+            let what = format!("{format:?}: {rows} x {k} to {m}");
+            let size = size(k) / 10.0;
+            let run = |out: ManyOut, parts: bool| {
+                let shape = d.kernels.many_shape_quantised((m, k), format, rows, parts);
+                d.kernels
+                    .many_quantised(&d.stream, rows, x.all(), &w, out, shape)
+                    .unwrap();
+                shape.parts
+            };
+            let out = d.poisoned_f32(8 * rows * m);
+            let parts = run(ManyOut::Sums(out.all()), true);
+            let all = out.all().read().unwrap();
+            let found: Vec<f32> = (0..rows * m)
+                .map(|i| (0..parts).map(|part| all[part * rows * m + i]).sum())
+                .collect();
+            errors.compare(&format!("{what} sums"), &found, &sums, size, 2e-4);
+            if !d.kernels.has_wgmma() {
+                let out = d.poisoned(rows * m);
+                run(ManyOut::F16(out.all()), false);
                 let found = floats(&out.all().read().unwrap());
-                errors.compare(&format!("{what} gate_up"), &found, &gates, size, 3e-3);
+                errors.compare(&format!("{what} f16"), &found, &sums, size, 2e-3);
             }
+            let out = d.poisoned(rows * m / 2);
+            run(ManyOut::GateUp(out.all()), false);
+            let gates: Vec<f32> = sums
+                .chunks_exact(m)
+                .flat_map(|row| gated(row, m, 1.0))
+                .collect();
+            let found = floats(&out.all().read().unwrap());
+            errors.compare(&format!("{what} gate_up"), &found, &gates, size, 3e-3);
         }
     }
-    errors.finish("quantised_products_of_many_rows");
+    errors.finish(test);
 }
