@@ -6,6 +6,7 @@ mod board;
 mod fleet;
 mod keep;
 mod observe;
+mod pods;
 mod settle;
 mod step;
 mod worker;

@@ -8,22 +8,21 @@ use futures::future::join_all;
 use k8s_openapi::api::core::v1::Pod;
 use kube::ResourceExt;
 use stoker_api::conditions::{self, types};
-use stoker_api::{InferenceService, ScalingMode, names};
-use stoker_autoscaler::{
-    Decision, Dials, Memory, Observation, Phase, Queue, Replica, Sample, decide,
-};
+use stoker_api::{InferenceService, ScalingMode};
+use stoker_autoscaler::{Decision, Dials, Memory, Phase, decide};
 use tokio::time::Instant;
 use tracing::{debug, info, warn};
 
-use super::board::{Outlook, PodOutlook, bounds};
+use super::board::{Outlook, bounds};
 use super::keep::{Keeper, Place};
 use super::observe::{self, is_ready, is_running};
-use super::settle::{Debounced, Lowering, SILENCE, ShownReason};
+use super::pods::{PodMemory, Seen, observation};
+use super::settle::{Debounced, Lowering, ShownReason};
 use super::step::{self, Standing, Step};
 use super::{Fleet, Key};
 use crate::actuate::{Candidate, DeletionCost, Pushed, Pusher, WireObjectives};
 use crate::routing::Routing;
-use crate::scrape::{FetchError, Fetcher, Reading};
+use crate::scrape::{Fetcher, Reading};
 
 /// Seconds that a replica stays out of rotation before it goes, at most.
 const LONGEST_PROOF: u64 = 15;
@@ -50,39 +49,6 @@ pub struct Worker {
     reason: ShownReason,
     lowering: Lowering,
     objectives_met: Debounced<Option<bool>>,
-}
-
-/// What is remembered about a pod.
-#[derive(Default)]
-struct PodMemory {
-    /// Of the container: what follows is about this start of it.
-    restarts: i32,
-    was_ready: bool,
-    pushed: Option<Pushed>,
-    push_failing: bool,
-    /// The last answer, or the first question while there was none.
-    heard: Option<Instant>,
-    /// When it was first seen with the mark of the pod that goes first.
-    marked: Option<Instant>,
-}
-
-/// A pod with what it said this time.
-struct Seen {
-    pod: Arc<Pod>,
-    uid: String,
-    address: Option<IpAddr>,
-    phase: Phase,
-    reading: Option<Result<Reading, FetchError>>,
-}
-
-impl Seen {
-    fn sample(&self) -> Option<&Sample> {
-        self.answer()?.sample.as_ref().ok()
-    }
-
-    fn answer(&self) -> Option<&Reading> {
-        self.reading.as_ref()?.as_ref().ok()
-    }
 }
 
 impl Worker {
@@ -383,53 +349,12 @@ impl Worker {
             law: law.map(|sample| (sample.law, sample.law_confidence)),
             reason: self.reason.update(reason, now),
             objectives_met: self.objectives_met.update(met, now),
-            pods: seen.iter().map(|pod| self.pod_outlook(pod, now)).collect(),
+            pods: seen
+                .iter()
+                .map(|pod| (pod.uid.clone(), pod.outlook(self.pods.get(&pod.uid), now)))
+                .collect(),
             weights: decision.weights.clone(),
         }
-    }
-
-    fn pod_outlook(&self, seen: &Seen, now: Instant) -> (String, PodOutlook) {
-        let answer = seen.answer();
-        let heard = self.pods.get(&seen.uid).and_then(|memory| memory.heard);
-        let quiet = heard.is_some_and(|at| now.duration_since(at) >= SILENCE);
-        let error = match &seen.reading {
-            Some(Err(error)) => error.to_string(),
-            _ => "it has no address".to_owned(),
-        };
-        let percent = |ratio: f64| (ratio.clamp(0.0, 1.0) * 100.0).floor() as i32;
-        let progress = answer.and_then(|a| a.loading_progress);
-        let eta = answer.and_then(|a| a.loading_eta_seconds);
-        let outlook = PodOutlook {
-            loading_percent: progress.map(percent),
-            loading_eta_seconds: eta
-                .filter(|_| progress < Some(1.0))
-                .map(|s| s.ceil() as i32),
-            silent: (quiet && answer.is_none()).then_some(error),
-        };
-        (seen.uid.clone(), outlook)
-    }
-}
-
-impl PodMemory {
-    fn note(&mut self, seen: &mut Seen, now: Instant) {
-        let restarts = restarts(&seen.pod);
-        if restarts != self.restarts {
-            *self = PodMemory {
-                restarts,
-                ..PodMemory::default()
-            };
-        }
-        if seen.answer().is_some() || self.heard.is_none() {
-            self.heard = Some(now);
-        }
-        // An operator that was just started recognises a replica that is loaded and leaving.
-        let leaving = seen.answer().is_some_and(|a| a.draining);
-        self.marked = match DeletionCost::is_marked(&seen.pod) {
-            true => self.marked.or(Some(now)),
-            false => None,
-        };
-        self.was_ready |= is_ready(&seen.pod) || leaving;
-        seen.phase = observe::phase(&seen.pod, self.was_ready);
     }
 }
 
@@ -450,25 +375,6 @@ fn recommend(outlook: &mut Outlook, decision: &Decision, seen: &[Seen]) {
     }
 }
 
-fn observation(seen: &[Seen], desired: u32, now: f64, queue: Option<Queue>) -> Observation {
-    let replica = |seen: &Seen| {
-        let (age_seconds, ready_seconds) = observe::ages(&seen.pod, now);
-        Replica {
-            id: seen.uid.clone(),
-            phase: seen.phase,
-            age_seconds,
-            ready_seconds,
-            sample: seen.sample().cloned(),
-        }
-    };
-    Observation {
-        now,
-        desired_replicas: desired,
-        replicas: seen.iter().map(replica).collect(),
-        queue,
-    }
-}
-
 /// How long a replica is out of rotation before it goes: long enough for misses to show, in
 /// proportion to the pace that the owner set.
 fn proof_seconds(service: &InferenceService) -> u64 {
@@ -476,21 +382,6 @@ fn proof_seconds(service: &InferenceService) -> u64 {
     u64::try_from(stabilization / 2)
         .unwrap_or(0)
         .min(LONGEST_PROOF)
-}
-
-fn restarts(pod: &Pod) -> i32 {
-    let statuses = pod
-        .status
-        .as_ref()
-        .and_then(|s| s.container_statuses.as_ref());
-    let server = |status: &&k8s_openapi::api::core::v1::ContainerStatus| {
-        status.name == names::SERVER_CONTAINER
-    };
-    statuses
-        .into_iter()
-        .flatten()
-        .find(server)
-        .map_or(0, |status| status.restart_count)
 }
 
 fn within(dials: Dials, ceilings: Dials) -> Dials {

@@ -67,6 +67,17 @@ fn plans() -> Vec<(&'static str, HuggingFace)> {
     ]
 }
 
+fn options(dtype: Dtype) -> LoadOptions {
+    LoadOptions {
+        dtype,
+        max_model_len: Some(TOKENS as u32),
+        kv_memory: KvMemory::Bytes(4 << 20),
+        max_num_seqs: 4,
+        max_num_batched_tokens: 64,
+        ..LoadOptions::default()
+    }
+}
+
 fn on_gpu(folder: &Path, options: &LoadOptions) -> Option<CudaExecutor> {
     match LoadedModel::load_cuda(folder, options, &|_| {}) {
         Ok(model) => Some(model.executor),
@@ -138,14 +149,6 @@ fn every_plan_has_the_cpus_logits() {
     for (name, model) in plans() {
         let folder = tempfile::tempdir().unwrap();
         model.write(folder.path());
-        let options = |dtype| LoadOptions {
-            dtype,
-            max_model_len: Some(TOKENS as u32),
-            kv_memory: KvMemory::Bytes(4 << 20),
-            max_num_seqs: 4,
-            max_num_batched_tokens: 64,
-            ..LoadOptions::default()
-        };
         let Some(mut gpu) = on_gpu(folder.path(), &options(Dtype::Auto)) else {
             return;
         };
@@ -216,15 +219,7 @@ fn quantised_files_are_kept_as_they_are() {
             let path = folder.path().join("model.gguf");
             write_gguf(&model, architecture, matrix_type, &path);
             let load = |dtype| {
-                let options = LoadOptions {
-                    dtype,
-                    max_model_len: Some(TOKENS as u32),
-                    kv_memory: KvMemory::Bytes(4 << 20),
-                    max_num_seqs: 4,
-                    max_num_batched_tokens: 64,
-                    ..LoadOptions::default()
-                };
-                let mut gpu = on_gpu(&path, &options)?;
+                let mut gpu = on_gpu(&path, &options(dtype))?;
                 let bytes = gpu.forward().weights().bytes();
                 Some((gpu_logits(&mut gpu, &tokens), bytes))
             };
