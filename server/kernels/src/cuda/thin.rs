@@ -21,7 +21,7 @@ pub(super) const THIN_ROWS: usize = 16;
 const SHARED: usize = 214 << 10;
 /// The same with 4 bits, whose kernels are done sooner if less is under way and so comes in the order
 /// in which it is multiplied, by rows (docs/kernels.md).
-const SHARED_FOUR: [(usize, usize); 2] = [(4, 80 << 10), (8, 140 << 10)];
+const SHARED_FOUR: [(usize, usize); 3] = [(2, 80 << 10), (4, 90 << 10), (8, 140 << 10)];
 /// Stages, at most.
 const MOST_STAGES: usize = 32;
 /// Warps that multiply, with f16 and with quantised weights; one copies besides, and one works out the
