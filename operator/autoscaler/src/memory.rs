@@ -40,10 +40,6 @@ pub struct Memory {
     pub(crate) low: Low,
     pub(crate) raised_at: Option<f64>,
     pub(crate) lowered_at: Option<f64>,
-    /// Replicas before the first of the scale-downs in a row, and after the last.
-    pub(crate) lowered: (u32, u32),
-    /// When requests missed their objectives for replicas that had just been taken away.
-    pub(crate) regretted_at: Option<f64>,
     pub(crate) turns: Turns,
     pub(crate) misses: Misses,
     pub(crate) history: History,
@@ -284,9 +280,7 @@ impl Memory {
     }
 
     /// Notes a scale-down.
-    pub(crate) fn lower(&mut self, from: u32, to: u32, now: f64) {
-        let first = self.turns.was_upwards() || self.lowered_at.is_none();
-        self.lowered = (if first { from } else { self.lowered.0 }, to);
+    pub(crate) fn lower(&mut self, now: f64) {
         self.lowered_at = Some(now);
         self.turns.note(now, false);
     }
@@ -325,7 +319,6 @@ impl Memory {
             self.motion = Motion::default();
             self.raised_at = None;
             self.lowered_at = None;
-            self.regretted_at = None;
             self.turns = Turns::default();
             self.misses.judged_at = now;
             self.misses.shortage_at = now;
