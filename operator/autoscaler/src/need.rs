@@ -31,8 +31,8 @@ pub(crate) struct Need {
     /// To keep. Never less than `up`.
     pub down: u32,
     /// To keep while so many were needed less than a start ago: what load needs if it rises within a start
-    /// as it did in the last hour, or any number where that isn't known.
-    pub back: u32,
+    /// as it did in the last hour; `None` where that isn't known.
+    pub back: Option<u32>,
     /// To keep for the load of the moment and all that a proven pattern has within the time of a
     /// start.
     pub by_pattern: Option<u32>,
@@ -96,7 +96,7 @@ pub(crate) fn need(scene: &Scene, demand: &Demand, tuned: &Tuned, memory: &mut M
     Need {
         up,
         down,
-        back: rise.map_or(u32::MAX, |rise| needs(ahead + rise, share, down)),
+        back: rise.map(|rise| needs(ahead + rise, share, down)),
         by_pattern: pattern.map(|rate| needs(rate.max(ahead), share * KEPT_MISSES, down)),
         by_in_flight: false,
     }
@@ -111,7 +111,7 @@ fn without_law(demand: &Demand, tuned: &Tuned, derating: f64) -> Need {
     Need {
         up,
         down: whole(demand.in_flight_down / one).max(up),
-        back: 0,
+        back: Some(0),
         by_pattern: None,
         by_in_flight: true,
     }

@@ -96,12 +96,14 @@ pub(crate) fn plan(
     let start = memory.starts.slowest();
     memory
         .low
-        .note(now, need.down, (DEAREST * patience).max(start));
+        .note(now, need.down, (DEAREST * patience).max(2.0 * start));
     // Replicas that load may want back before others could have started, unless what comes is known.
-    let kept = match need.by_pattern {
-        None => need.back.min(memory.low.most(now, start)).max(floor),
-        Some(_) => floor,
+    let kept = match (need.by_pattern, need.back) {
+        (Some(_), _) => 0,
+        (None, Some(back)) => memory.low.worth_keeping(now, start).min(back),
+        (None, None) => memory.low.most(now, start),
     };
+    let kept = kept.max(floor);
     // One odd look isn't enough to order anything, but for a jump that no chance explains.
     let before = memory.last_need.replace(need.up);
     let agreed = if demand.trend.jumped {
