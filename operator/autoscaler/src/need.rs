@@ -93,10 +93,14 @@ pub(crate) fn need(scene: &Scene, demand: &Demand, tuned: &Tuned, memory: &mut M
     } else {
         Some(0.0)
     };
+    let back = rise.map(|rise| match rise > 0.0 {
+        true => needs(ahead + rise, share, down),
+        false => up,
+    });
     Need {
         up,
         down,
-        back: rise.map(|rise| needs(ahead + rise, share, down)),
+        back,
         by_pattern: pattern.map(|rate| needs(rate.max(ahead), share * KEPT_MISSES, down)),
         by_in_flight: false,
     }

@@ -95,18 +95,19 @@ impl Recurrence {
     /// second; `None` where it wasn't watched for long enough to know.
     pub fn rise(&self, seconds: f64) -> Option<f64> {
         let first = self.slots.len().saturating_sub(HOUR);
-        let slots = || (self.slots.range(first..).enumerate()).filter(|(_, rate)| **rate >= 0.0);
-        if SLOT * (slots().count() as f64) < SPANS * seconds {
+        let known = |from: usize, to: usize| {
+            let slots = self.slots.range(from..to).map(|rate| f64::from(*rate));
+            slots.enumerate().filter(|(_, rate)| *rate >= 0.0)
+        };
+        let watched = known(first, self.slots.len()).count();
+        if SLOT * (watched as f64) < SPANS * seconds {
             return None;
         }
         let span = ((seconds / SLOT).round() as usize).max(1);
-        let rises = slots().flat_map(|(place, &now)| {
-            let earlier = slots().skip_while(move |(then, _)| then + span < place);
-            let earlier = earlier.take_while(move |(then, _)| *then < place);
-            earlier.map(move |(_, &then)| {
-                let (now, then) = (f64::from(now), f64::from(then));
-                now - then - BEYOND * ((now + then) / SLOT).sqrt()
-            })
+        let rises = known(first, self.slots.len()).flat_map(|(place, now)| {
+            let place = first + place;
+            let earlier = known(place.saturating_sub(span).max(first), place);
+            earlier.map(move |(_, then)| now - then - BEYOND * ((now + then) / SLOT).sqrt())
         });
         Some(rises.fold(0.0, f64::max))
     }
