@@ -40,10 +40,6 @@ pub struct Memory {
     pub(crate) low: Low,
     pub(crate) raised_at: Option<f64>,
     pub(crate) lowered_at: Option<f64>,
-    /// Replicas before the first of the scale-downs in a row, and after the last.
-    pub(crate) lowered: (u32, u32),
-    /// When requests missed their objectives for replicas that had just been taken away.
-    pub(crate) regretted_at: Option<f64>,
     pub(crate) turns: Turns,
     pub(crate) misses: Misses,
     pub(crate) history: History,
@@ -229,6 +225,21 @@ impl Low {
         slots.map(|(_, most)| *most).max().unwrap_or(0)
     }
 
+    /// The most that was needed no longer ago than it was needed for, within so many seconds.
+    pub fn worth_keeping(&self, now: f64, seconds: f64) -> u32 {
+        let ends = (self.slots.iter().skip(1).map(|(start, _)| *start)).chain([now]);
+        let slots: Vec<_> = self.slots.iter().zip(ends).collect();
+        let numbers = slots.iter().map(|((_, most), _)| *most);
+        let kept = numbers.filter(|number| {
+            let needed = slots.iter().filter(|((_, most), _)| most >= number);
+            let (lasted, last) = needed.fold((0.0, f64::NEG_INFINITY), |sum, ((start, _), end)| {
+                (sum.0 + end - start, end.max(sum.1))
+            });
+            now - last <= lasted.min(seconds)
+        });
+        kept.max().unwrap_or(0)
+    }
+
     /// So many seconds weren't watched: they don't count, and what was before still does.
     pub fn skip(&mut self, seconds: f64) {
         for (start, _) in &mut self.slots {
@@ -284,9 +295,7 @@ impl Memory {
     }
 
     /// Notes a scale-down.
-    pub(crate) fn lower(&mut self, from: u32, to: u32, now: f64) {
-        let first = self.turns.was_upwards() || self.lowered_at.is_none();
-        self.lowered = (if first { from } else { self.lowered.0 }, to);
+    pub(crate) fn lower(&mut self, now: f64) {
         self.lowered_at = Some(now);
         self.turns.note(now, false);
     }
@@ -325,7 +334,6 @@ impl Memory {
             self.motion = Motion::default();
             self.raised_at = None;
             self.lowered_at = None;
-            self.regretted_at = None;
             self.turns = Turns::default();
             self.misses.judged_at = now;
             self.misses.shortage_at = now;
@@ -364,6 +372,30 @@ mod tests {
         assert_eq!(low.lasted(40.0, 1), 0.0);
         low.note(42.0, 3, 60.0);
         assert_eq!(low.lasted(42.0, 2), 0.0);
+    }
+
+    #[test]
+    fn what_was_needed_for_a_moment_is_worth_keeping_for_a_moment() {
+        let mut low = Low::default();
+        for i in 0..100 {
+            let t = 5.0 * f64::from(i);
+            // Seven for 20 s, five for 150 s, two before and after.
+            let needed = match t as u32 {
+                230..250 => 7,
+                150..300 => 5,
+                _ => 2,
+            };
+            low.note(t, needed, 500.0);
+            let kept = low.worth_keeping(t, 120.0);
+            // The slots are of 15 s, and the last one isn't over.
+            match t as u32 {
+                0..130 => assert_eq!(kept, 2, "{t}"),
+                240..260 => assert_eq!(kept, 7, "{t}"),
+                290..400 => assert_eq!(kept, 5, "{t}"),
+                440.. => assert_eq!(kept, 2, "{t}"),
+                _ => {}
+            }
+        }
     }
 
     #[test]

@@ -30,6 +30,9 @@ pub(crate) struct Need {
     pub up: u32,
     /// To keep. Never less than `up`.
     pub down: u32,
+    /// To keep while so many were needed less than a start ago: what load needs if it rises within a start
+    /// as it did in the last hour; `None` where that isn't known.
+    pub back: Option<u32>,
     /// To keep for the load of the moment and all that a proven pattern has within the time of a
     /// start.
     pub by_pattern: Option<u32>,
@@ -85,9 +88,19 @@ pub(crate) fn need(scene: &Scene, demand: &Demand, tuned: &Tuned, memory: &mut M
     let (ahead, again) = (quiet * ahead, again.max(0.0));
     let up = needs((ahead - doubt).max(again), share, hint);
     let down = needs(ahead, share * KEPT_MISSES, up).max(up);
+    let rise = if recurs {
+        memory.recurrence.rise(memory.starts.slowest())
+    } else {
+        Some(0.0)
+    };
+    let back = rise.map(|rise| match rise > 0.0 {
+        true => needs(ahead + rise, share, down),
+        false => up,
+    });
     Need {
         up,
         down,
+        back,
         by_pattern: pattern.map(|rate| needs(rate.max(ahead), share * KEPT_MISSES, down)),
         by_in_flight: false,
     }
@@ -102,6 +115,7 @@ fn without_law(demand: &Demand, tuned: &Tuned, derating: f64) -> Need {
     Need {
         up,
         down: whole(demand.in_flight_down / one).max(up),
+        back: Some(0),
         by_pattern: None,
         by_in_flight: true,
     }

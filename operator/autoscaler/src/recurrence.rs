@@ -22,6 +22,11 @@ const TOLERANCE: f64 = 0.15;
 /// Correlation, and ratio of the highest to the lowest slot, that make a period of its own.
 const CORRELATION: f64 = 0.8;
 const SWING: f64 = 2.0;
+/// Standard deviations that make a rise: of the thousand pairs of slots that an hour has, some differ by
+/// nearly so many by chance.
+const BEYOND: f64 = 3.0;
+/// Times a span that must have been watched for it to be known how much load rises within one.
+const SPANS: f64 = 2.0;
 
 /// Requests a second, slot by slot; below 0 where nobody watched.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -84,6 +89,27 @@ impl Recurrence {
             rate - (rate / SLOT).sqrt()
         });
         expected.fold(0.0, f64::max)
+    }
+
+    /// The most by which load rose beyond chance within so many seconds of the last hour, in requests a
+    /// second; `None` where it wasn't watched for long enough to know.
+    pub fn rise(&self, seconds: f64) -> Option<f64> {
+        let first = self.slots.len().saturating_sub(HOUR);
+        let known = |from: usize, to: usize| {
+            let slots = self.slots.range(from..to).map(|rate| f64::from(*rate));
+            slots.enumerate().filter(|(_, rate)| *rate >= 0.0)
+        };
+        let watched = known(first, self.slots.len()).count();
+        if SLOT * (watched as f64) < SPANS * seconds {
+            return None;
+        }
+        let span = ((seconds / SLOT).round() as usize).max(1);
+        let rises = known(first, self.slots.len()).flat_map(|(place, now)| {
+            let place = first + place;
+            let earlier = known(place.saturating_sub(span).max(first), place);
+            earlier.map(move |(_, then)| now - then - BEYOND * ((now + then) / SLOT).sqrt())
+        });
+        Some(rises.fold(0.0, f64::max))
     }
 
     /// The shortest period by which load repeats itself, or the hour; and whether that is proven.
@@ -185,6 +211,24 @@ mod tests {
         // This hour it doesn't come.
         feed(&mut recurrence, 4600.0, 700.0, |_| 1.4);
         assert_eq!(recurrence.ahead(5300.0, 270.0), 0.0);
+    }
+
+    #[test]
+    fn a_rise_is_known_once_two_such_spans_were_watched_and_chance_makes_none() {
+        let wave = |t: f64| 4.0 - 2.0 * (std::f64::consts::TAU * t / 480.0).cos();
+        let mut recurrence = Recurrence::default();
+        feed(&mut recurrence, 0.0, 400.0, wave);
+        assert_eq!(recurrence.rise(240.0), None);
+        feed(&mut recurrence, 400.0, 200.0, wave);
+        // From 2 to 6 requests a second, less three standard deviations of both slots.
+        let rise = recurrence.rise(240.0).unwrap();
+        assert!((1.8..2.6).contains(&rise), "{rise}");
+        assert!(recurrence.rise(60.0).unwrap() < 0.5 * rise);
+        // An hour later it counts no more, and what differs by less than chance makes isn't one.
+        feed(&mut recurrence, 600.0, 4000.0, |t| {
+            if t % 300.0 < 30.0 { 5.0 } else { 4.0 }
+        });
+        assert_eq!(recurrence.rise(240.0), Some(0.0));
     }
 
     #[test]

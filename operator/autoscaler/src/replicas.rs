@@ -18,8 +18,6 @@ const DEAREST: f64 = 3.0;
 /// Turns within an hour after which only the end of what repeats itself makes another one: it would be
 /// the seventh, and the one back the eighth.
 const MOST_TURNS: usize = 6;
-/// Seconds for which it counts that replicas were missed that had just been taken away.
-const REGRET: f64 = 900.0;
 /// Least seconds between two steps down.
 const BETWEEN_STEPS: f64 = 10.0;
 
@@ -94,8 +92,18 @@ pub(crate) fn plan(
     let (census, limits, now) = (&scene.census, scene.limits, scene.now);
     // Without a replica nobody could tell of demand.
     let floor = bounded(limits.min_replicas.max(1), limits);
-    let patience = patience(limits).max(regret(scene, demand, capacity, memory)) + census.delay;
-    memory.low.note(now, need.down, DEAREST * patience);
+    let patience = patience(limits) + census.delay;
+    let start = memory.starts.slowest();
+    memory
+        .low
+        .note(now, need.down, (DEAREST * patience).max(2.0 * start));
+    // Replicas that load may want back before others could have started, unless what comes is known.
+    let kept = match (need.by_pattern, need.back) {
+        (Some(_), _) => 0,
+        (None, Some(back)) => memory.low.worth_keeping(now, start).min(back),
+        (None, None) => memory.low.most(now, start),
+    };
+    let kept = kept.max(floor);
     // One odd look isn't enough to order anything, but for a jump that no chance explains.
     let before = memory.last_need.replace(need.up);
     let agreed = if demand.trend.jumped {
@@ -136,12 +144,19 @@ pub(crate) fn plan(
         && (current - enough >= 2 || memory.turns.wait(now, MOST_TURNS) <= 0.0)
     {
         let to = bounded(enough, limits);
-        memory.lower(current, to, now);
+        memory.lower(now);
         return Plan::Lower {
             from: current,
             to,
             seconds: BETWEEN_STEPS as u32,
             again: true,
+        };
+    }
+    if need.down.max(kept) >= current {
+        let left = start - memory.low.lasted(now, current - 1);
+        return Plan::KeepStabilizing {
+            replicas: current,
+            seconds_left: left.max(1.0).ceil() as u32,
         };
     }
     // The first step waits for the stabilization time, the next ones for as long as the fleet
@@ -153,7 +168,7 @@ pub(crate) fn plan(
     };
     let pause = pause.max(BETWEEN_STEPS).min(patience.max(1.0));
     let since = |at: Option<f64>| at.map_or(f64::INFINITY, |at| now - at);
-    let unneeded = current - need.down.max(floor);
+    let unneeded = current - need.down.max(kept);
     let left = (turning(patience, unneeded, now, memory) - memory.low.lasted(now, current - 1))
         .max(patience - since(memory.raised_at))
         .max(memory.turns.wait(now, MOST_TURNS))
@@ -165,32 +180,15 @@ pub(crate) fn plan(
         };
     }
     // Half of what nobody has needed for that long: the other half is the proof.
-    let unneeded = current.saturating_sub(memory.low.most(now, patience).max(floor));
+    let unneeded = current.saturating_sub(memory.low.most(now, patience).max(kept));
     let to = bounded(current - unneeded.div_ceil(2).max(1), limits);
-    memory.lower(current, to, now);
+    memory.lower(now);
     Plan::Lower {
         from: current,
         to,
         seconds: patience.round() as u32,
         again: false,
     }
-}
-
-/// Seconds that demand must be low because it came back, of late, before the replicas that were taken
-/// away could: as long as a start takes. That half of the fleet was gone and requests missed for it
-/// shows that it was so.
-fn regret(scene: &Scene, demand: &Demand, capacity: Option<Capacity>, memory: &mut Memory) -> f64 {
-    let (now, ready) = (scene.now, scene.census.ready());
-    let start = memory.starts.slowest();
-    let (from, to) = memory.lowered;
-    let came_back = memory.lowered_at.is_some_and(|at| now - at < start)
-        && memory.raised_at > memory.lowered_at;
-    let missed = 2 * to <= from && ready < from;
-    if came_back && missed && !demand.idle && suffers(scene, demand, capacity, ready) {
-        memory.regretted_at = Some(now);
-    }
-    let regrets = (memory.regretted_at).is_some_and(|at| (0.0..REGRET).contains(&(now - at)));
-    if regrets { start } else { 0.0 }
 }
 
 /// Seconds that demand must be low before a scale-down that follows a scale-up: the more the fleet

@@ -6,8 +6,10 @@ use serde::{Deserialize, Serialize};
 
 use crate::observation::{Observation, Phase};
 
-/// Seconds before any start was seen.
+/// Seconds before any start was seen, where nobody says more.
 const UNKNOWN: f64 = 60.0;
+/// What isn't known of starts may take so many times what is.
+const DOUBT: f64 = 2.0;
 /// Starts that are remembered.
 const KEPT: usize = 8;
 
@@ -16,6 +18,8 @@ const KEPT: usize = 8;
 #[serde(default)]
 pub(crate) struct Starts {
     seconds: Vec<f64>,
+    /// What somebody else says that one takes.
+    told: Option<f64>,
     /// Age of the oldest replica that was given up before it was ready.
     given_up: f64,
     /// Replicas that are on their way, and their ages where a node takes them.
@@ -50,30 +54,37 @@ impl Starts {
         self.seconds.drain(..surplus);
     }
 
-    /// What somebody else says that a start takes counts like one that was seen.
+    /// What somebody else says that a start takes counts like one that was seen, until enough were.
     pub fn expect(&mut self, seconds: f64) {
-        if self.seconds.is_empty() && possible(seconds) {
-            self.seconds.push(seconds);
-        }
+        self.told = Some(seconds).filter(|seconds| possible(*seconds));
+    }
+
+    fn known(&self) -> impl Iterator<Item = f64> {
+        let told = self.told.filter(|_| self.seconds.len() < KEPT);
+        self.seconds.iter().copied().chain(told)
     }
 
     /// Seconds that a start takes as a rule.
     pub fn usual(&self) -> f64 {
-        let mut sorted = self.seconds.clone();
+        let mut sorted: Vec<f64> = self.known().collect();
         sorted.sort_by(f64::total_cmp);
         let middle = sorted.len().saturating_sub(1) / 2;
         sorted.get(middle).copied().unwrap_or(UNKNOWN)
     }
 
     /// Seconds that the slowest of the last starts took. One that was given up after longer would
-    /// have taken as long again, for all that is known.
+    /// have taken as long again, for all that is known, and so may any before the first was seen.
     pub fn slowest(&self) -> f64 {
-        let seen = self.seconds.iter().copied().reduce(f64::max);
-        let seen = seen.unwrap_or(UNKNOWN);
-        if self.given_up > seen {
-            2.0 * self.given_up
+        let known = self.known().reduce(f64::max).unwrap_or(UNKNOWN);
+        let slowest = if self.seconds.is_empty() {
+            DOUBT * known
         } else {
-            seen
+            known
+        };
+        if self.given_up > known {
+            slowest.max(DOUBT * self.given_up)
+        } else {
+            slowest
         }
     }
 }
@@ -102,7 +113,10 @@ mod tests {
             }],
         };
         let mut starts = Starts::default();
-        assert_eq!(starts.usual(), UNKNOWN);
+        assert_eq!((starts.usual(), starts.slowest()), (UNKNOWN, 120.0));
+        starts.expect(30.0);
+        assert_eq!((starts.usual(), starts.slowest()), (30.0, 60.0));
+        let mut starts = Starts::default();
         // Nobody saw this one start.
         starts.observe(&observation(Phase::Ready, 900.0, 10.0));
         assert_eq!(starts.usual(), UNKNOWN);
@@ -139,7 +153,7 @@ mod tests {
             let mut starts = Starts::default();
             starts.observe(&observation(Some(Phase::Unschedulable), 130.0));
             starts.observe(&observation(gone, 132.0));
-            assert_eq!(starts.slowest(), UNKNOWN);
+            assert_eq!(starts.slowest(), 120.0);
         }
     }
 }

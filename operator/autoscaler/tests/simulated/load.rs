@@ -56,24 +56,25 @@ fn a_ramp_is_followed_up_and_down_to_the_minimum() {
 }
 
 #[test]
-fn replicas_that_were_missed_once_stay_the_next_time() {
-    let mut fleet = Fleet::on_t4(12, 30.0, CHAT);
-    fleet.start_seconds = 150.0;
-    fleet.run(20.0, |_| Clients::Open(0.5));
-    fleet.run(500.0, |_| Clients::Open(6.0));
-    let busy = fleet.last().decision.replicas;
-    fleet.run(90.0, |_| Clients::Open(0.5));
-    let first = fleet.last().decision.replicas;
-    fleet.run(400.0, |_| Clients::Open(6.0));
-    fleet.run(90.0, |_| Clients::Open(0.5));
-    let second = fleet.last().decision.replicas;
-    assert!(
-        2 * first <= busy && second >= busy - 1,
-        "{busy}, {first} in the first lull, {second} in the second"
-    );
-    // Not for good.
-    fleet.run(600.0, |_| Clients::Open(0.5));
-    assert_eq!(fleet.last().decision.replicas, 1);
+fn replicas_stay_for_a_start_where_load_rose_within_one() {
+    let lull_after = |quiet: f64| {
+        let mut fleet = Fleet::on_t4(12, 30.0, CHAT);
+        fleet.start_seconds = 150.0;
+        fleet.run(quiet, |_| Clients::Open(0.5));
+        fleet.run(700.0, |_| Clients::Open(6.0));
+        let busy = fleet.last().decision.replicas;
+        fleet.run(90.0, |_| Clients::Open(0.5));
+        let lull = fleet.last().decision.replicas;
+        // Not for good.
+        fleet.run(600.0, |_| Clients::Open(0.5));
+        assert_eq!(fleet.last().decision.replicas, 1);
+        (busy, lull)
+    };
+    let (busy, lull) = lull_after(300.0);
+    assert!(lull >= busy - 1, "{busy}, {lull} in the lull");
+    // Nobody saw it rise.
+    let (busy, lull) = lull_after(0.0);
+    assert!(2 * lull <= busy, "{busy}, {lull} in the lull");
 }
 
 #[test]

@@ -52,6 +52,9 @@ struct Args {
     peers_at_budgets: Vec<u32>,
     #[arg(long, value_delimiter = ',', default_value = "32")]
     peers_at_caps: Vec<u32>,
+    /// One setting for all of these seeds, instead of one for --seed.
+    #[arg(long, value_delimiter = ',')]
+    peers_over_seeds: Vec<u64>,
     /// Instead of all that: this stoker-advise on each case, cold, and what the peers do there for no
     /// more replica-hours, at the best of their settings in hindsight (with the budgets given).
     #[arg(long)]
@@ -92,7 +95,23 @@ fn main() -> Result<()> {
         return Ok(());
     }
     if !args.peers_at_budgets.is_empty() {
-        peers(&traces, &setup, &args);
+        let seeds = if args.peers_over_seeds.is_empty() {
+            vec![args.world.seed]
+        } else {
+            args.peers_over_seeds.clone()
+        };
+        let worlds = (seeds.into_iter())
+            .flat_map(|seed| args.cases.iter().map(move |case| (seed, case)))
+            .map(|(seed, case)| {
+                let trace = case_of(case, &recorded, &mix, seed)?;
+                let setup = Setup {
+                    seed,
+                    ..setup.clone()
+                };
+                Ok((setup, trace))
+            })
+            .collect::<Result<Vec<_>>>()?;
+        peers(&worlds, &args);
         return Ok(());
     }
     for (case, trace) in &traces {
@@ -181,16 +200,23 @@ fn react(traces: &[(&str, Trace)], setup: &Setup, delay: f64) {
     }
 }
 
-/// Every peer at its best single setting for all traces: the cheapest that is good enough on each, or
-/// where none is the one whose worst trace is best.
-fn peers(traces: &[(&str, Trace)], setup: &Setup, args: &Args) {
+/// Every peer at its best single setting for all cases and seeds: the cheapest that is good enough on
+/// each, or where none is the one whose worst is best.
+fn peers(worlds: &[(Setup, Trace)], args: &Args) {
     let settings = tuning::grid(&Peer::ALL, &args.peers_at_caps, &args.peers_at_budgets);
-    let scores: Vec<_> = (traces.iter())
-        .map(|(_, trace)| tuning::scores(&settings, setup, trace, Backend::Surrogate, args.threads))
+    let scores: Vec<_> = (worlds.iter())
+        .map(|(setup, trace)| {
+            tuning::scores(&settings, setup, trace, Backend::Surrogate, args.threads)
+        })
         .collect();
     let of = |place: usize| scores.iter().filter_map(move |on| Some(on.get(place)?.1));
-    println!("| peer | cap / budget, parameter | hours | good % @ hours of each |");
-    println!("| --- | --- | ---: | --- |");
+    let goal = worlds
+        .first()
+        .map_or(99.0, |(setup, _)| setup.goals.good_percent);
+    println!(
+        "| peer | cap / budget, parameter | hours of each seed | good % @ hours of each case |"
+    );
+    println!("| --- | --- | --- | --- |");
     for peer in Peer::ALL {
         let places = (0..settings.len()).filter(|place| {
             settings
@@ -201,7 +227,7 @@ fn peers(traces: &[(&str, Trace)], setup: &Setup, args: &Args) {
         let worst = |place: usize| of(place).map(|score| score.good).fold(100.0, f64::min);
         let best = places.min_by(|&a, &b| {
             let key = |place: usize| match worst(place) {
-                good if good >= setup.goals.good_percent => (0, hours(place)),
+                good if good >= goal => (0, hours(place)),
                 good => (1, -good),
             };
             let (a, b) = (key(a), key(b));
@@ -210,14 +236,20 @@ fn peers(traces: &[(&str, Trace)], setup: &Setup, args: &Args) {
         let Some((place, setting)) = best.and_then(|p| Some((p, settings.get(p)?))) else {
             continue;
         };
-        let each = of(place).map(|score| format!("{:.2} @ {:.2}", score.good, score.replica_hours));
+        let each: Vec<Score> = of(place).collect();
+        let by_seed = each.chunks(args.cases.len().max(1)).map(|cases| {
+            let hours: f64 = cases.iter().map(|score| score.replica_hours).sum();
+            format!("{hours:.2}")
+        });
+        let each =
+            (each.iter()).map(|score| format!("{:.2} @ {:.2}", score.good, score.replica_hours));
         println!(
-            "| {} | {} / {}, {} | {:.2} | {} |",
+            "| {} | {} / {}, {} | {} | {} |",
             peer.name(),
             setting.max_num_seqs,
             setting.max_num_batched_tokens,
             setting.parameter,
-            hours(place),
+            by_seed.collect::<Vec<_>>().join(", "),
             each.collect::<Vec<_>>().join(", ")
         );
     }
