@@ -1,6 +1,7 @@
 //! The devices that replicas run on.
 
-use stoker_engine::Profile;
+use stoker_engine::executor::ExecutorError;
+use stoker_engine::{Profile, SimulatedExecutor, VirtualClock, calibrate};
 use stoker_law::{Law, Prior};
 
 /// A latency law with its memory and noise.
@@ -27,6 +28,14 @@ impl Device {
             },
         };
         device.swept()
+    }
+
+    /// Its engine begins with what its own sweep measures, as a server's does.
+    pub fn calibrated(mut self) -> Result<Self, ExecutorError> {
+        // Before the replica is ready: on a clock of its own.
+        let mut executor = SimulatedExecutor::new(self.profile.clone(), VirtualClock::new());
+        self.prior = calibrate(&mut executor)?;
+        Ok(self)
     }
 
     /// Its engine knows what the sweep at start-up would have told: the law, roughly.

@@ -226,3 +226,21 @@ fn dials_and_aborts_take_effect_while_requests_run() {
         );
     }
 }
+
+#[test]
+fn a_calibrated_engine_begins_with_what_its_sweep_measured() {
+    let device = Device::t4().without_noise().calibrated().unwrap();
+    let dials = Setup::study().dials;
+    let gauges = Core::new(Backend::Engine, &device, dials, 1).gauges();
+    assert!(gauges.law_confidence > 0.5, "{gauges:?}");
+    // Of a device without noise, to within a few percent; the assumed sweep is 5 % too slow.
+    for (sequences, tokens) in [(2, 2), (16, 16), (9, 288)] {
+        let shape = StepShape {
+            sequences,
+            tokens,
+            kv_tokens: u64::from(sequences) * 1000,
+        };
+        let off = gauges.law.step_seconds(shape) / device.profile.step_seconds(shape) - 1.0;
+        assert!(off.abs() < 0.03, "{shape:?}: off by {off}");
+    }
+}
