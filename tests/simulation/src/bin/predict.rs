@@ -43,7 +43,10 @@ struct Args {
     /// Seconds that the first replicas have been ready when the first request comes.
     #[arg(long, default_value_t = 0.0)]
     lead: f64,
-    /// Seconds that a replica which goes is still there at least.
+    /// Seconds that a replica is out of rotation before it is told to go.
+    #[arg(long, default_value_t = 0.0)]
+    trial_seconds: f64,
+    /// Seconds that one which was told to go is still there at least.
     #[arg(long, default_value_t = 0.0)]
     leave_seconds: f64,
     /// Without a router's queue: every request goes to a replica at once.
@@ -75,8 +78,7 @@ fn main() -> Result<()> {
     (part.write(&args.write)).with_context(|| format!("writing {}", args.write.display()))?;
 
     let setup = Setup {
-        // As the server simulates it.
-        device: Device::t4().without_noise().calibrated()?,
+        device: Device::served_t4()?,
         // Every replica starts alike: the local node is there.
         starts: Starts {
             warm_nodes: args.max_replicas,
@@ -87,6 +89,7 @@ fn main() -> Result<()> {
         max_replicas: args.max_replicas,
         replicas: args.min_replicas,
         settling: 0.0,
+        trial_seconds: args.trial_seconds,
         leave_seconds: args.leave_seconds,
         routing: if args.no_queue {
             Routing::LeastOutstanding

@@ -30,14 +30,6 @@ impl Device {
         device.swept()
     }
 
-    /// Its engine begins with what its own sweep measures, as a server's does.
-    pub fn calibrated(mut self) -> Result<Self, ExecutorError> {
-        // Before the replica is ready: on a clock of its own.
-        let mut executor = SimulatedExecutor::new(self.profile.clone(), VirtualClock::new());
-        self.prior = calibrate(&mut executor)?;
-        Ok(self)
-    }
-
     /// Its engine knows what the sweep at start-up would have told: the law, roughly.
     fn swept(mut self) -> Self {
         self.prior = Prior {
@@ -85,6 +77,16 @@ impl Device {
     /// stoker-engine's T4.
     pub fn t4() -> Self {
         Self::with_noise(Profile::t4())
+    }
+
+    /// The same as a server simulates it: without noise, for requests of its own length, and with a
+    /// law that begins with what the engine's own sweep measures.
+    pub fn served_t4() -> Result<Self, ExecutorError> {
+        let profile = Profile::t4();
+        // Before the replica is ready: on a clock of its own.
+        let mut executor = SimulatedExecutor::new(profile.clone(), VirtualClock::new());
+        let prior = calibrate(&mut executor)?;
+        Ok(Device { profile, prior })
     }
 
     /// stoker-engine's H100.
