@@ -19,9 +19,10 @@ LOAD_SECONDS = 20
 LEAST, MOST = 2, 8
 # The first replicas have been ready for so long when the load begins.
 LEAD = 30
-# From the decision that a ready replica goes until its pod is gone, requests aside: marked within a tick of 2 s, 15 s
-# out of rotation on trial, 5 s until its endpoints are gone.
-LEAVES = 22
+# A ready replica which is to go is marked, found marked at the next tick 2 s later, and 15 s out of rotation.
+TRIAL = 17
+# From when the Deployment is asked for fewer until the pod is gone, requests aside.
+LEAVES = 7
 # What the simulator watches after the last arrival, and pays for.
 TAIL = 60
 TRACES = {
@@ -42,7 +43,7 @@ def start_seconds(service):
 def predict(name, arguments, seconds):
     command = [ROOT / "target" / "release" / "predict", "--trace", TRACE, *arguments, "--seconds", SECONDS,
                "--min-replicas", LEAST, "--max-replicas", MOST, "--start-seconds", seconds,
-               "--lead", LEAD, "--leave-seconds", LEAVES,
+               "--lead", LEAD, "--trial-seconds", TRIAL, "--leave-seconds", LEAVES,
                "--write", WORK / f"{name}.csv"]
     return json.loads(run(*command, capture_output=True, text=True).stdout)
 

@@ -9,6 +9,10 @@ use crate::observation::{DialRange, Dials, Limits};
 /// feed goes with the ratio of answers to prompts, which is known only roughly.
 const BUDGET_BAND: f64 = 0.1;
 const CAP_BAND: f64 = 0.25;
+/// A cap that has stood for so many seconds is trimmed where it is off by this share: where it was put
+/// when law and mix were known from a few steps and requests isn't where it stays.
+const STOOD: f64 = 60.0;
+const TRIMMED_FROM: f64 = 0.05;
 /// A budget is kept while it is worth at least this share of the best one.
 const GOOD_ENOUGH: f64 = 0.97;
 /// Among budgets worth this share of the best one the smallest is taken: it has the shortest steps.
@@ -33,6 +37,8 @@ const UNASKED: u32 = 4;
 pub(crate) struct Motion {
     cap: Option<(f64, bool)>,
     budget: Option<(f64, bool)>,
+    /// When the cap was last trimmed, which is no move that anything has to settle after.
+    trimmed: Option<f64>,
     #[serde(skip)]
     search: Option<Search>,
 }
@@ -83,6 +89,13 @@ impl Motion {
     /// When the last search was made.
     pub fn searched_at(&self) -> Option<f64> {
         Some(self.search?.at)
+    }
+
+    /// Whether the cap is where it has been for a while.
+    fn cap_stood(&self, now: f64) -> bool {
+        let moved = self.cap.map(|(at, _)| at);
+        let times = [moved, self.trimmed].into_iter().flatten();
+        times.fold(f64::INFINITY, |least, at| least.min(now - at)) >= STOOD
     }
 
     /// When a dial moved last.
@@ -328,14 +341,19 @@ pub(crate) fn settled(
         }
         exact
     };
-    let cap = turn(
+    let wanted = following(best.dials.max_num_seqs, peak, current.max_num_seqs, caps);
+    let mut cap = turn(
         current.max_num_seqs,
-        following(best.dials.max_num_seqs, peak, current.max_num_seqs, caps),
+        wanted,
         if aim.pressed { 0.0 } else { CAP_BAND },
         urgent,
         now,
         &mut motion.cap,
     );
+    if cap == current.max_num_seqs && share(cap, wanted) >= TRIMMED_FROM && motion.cap_stood(now) {
+        cap = wanted;
+        motion.trimmed = Some(now);
+    }
     // A current value may lie outside of a range that has just changed.
     let bound = |x: u32, range: DialRange| x.min(range.max).max(range.min);
     let dials = Dials {
@@ -343,6 +361,11 @@ pub(crate) fn settled(
         max_num_batched_tokens: bound(budget, budgets),
     };
     Some(Choice { dials, ..best })
+}
+
+/// By what share of itself a dial would move.
+fn share(current: u32, wanted: u32) -> f64 {
+    (f64::from(wanted) - f64::from(current)).abs() / f64::from(current.max(1))
 }
 
 fn turn(
@@ -353,7 +376,7 @@ fn turn(
     now: f64,
     last: &mut Option<(f64, bool)>,
 ) -> u32 {
-    let change = (f64::from(wanted) - f64::from(current)).abs() / f64::from(current.max(1));
+    let change = share(current, wanted);
     let upwards = wanted > current;
     let reverses = last.is_some_and(|(at, up)| up != upwards && now - at < BEFORE_REVERSAL);
     let urgent = urgent && !upwards;
@@ -363,3 +386,7 @@ fn turn(
     *last = Some((now, upwards));
     wanted
 }
+
+#[cfg(test)]
+#[path = "dials_tests.rs"]
+mod tests;

@@ -4,6 +4,7 @@ mod faults;
 mod pods;
 mod routing;
 mod run;
+mod trial;
 mod view;
 
 pub use faults::Fault;
@@ -58,8 +59,10 @@ pub struct Setup {
     pub goals: Goals,
     pub starts: Starts,
     pub routing: Routing,
-    /// Seconds that a ready pod which is to go is still there at least, one after the other: out of
-    /// rotation on trial, and until its endpoints are gone.
+    /// Seconds that a ready pod is out of rotation on trial before it is told to go, one after the
+    /// other; 0: it goes at once.
+    pub trial_seconds: f64,
+    /// Seconds that one which was told to go is still there at least, one after the other.
     pub leave_seconds: f64,
     pub min_replicas: u32,
     pub max_replicas: u32,
@@ -84,6 +87,7 @@ impl Setup {
             goals: Goals::default(),
             starts: Starts::default(),
             routing: Routing::LeastOutstanding,
+            trial_seconds: 0.0,
             leave_seconds: 0.0,
             min_replicas: 1,
             max_replicas: 40,

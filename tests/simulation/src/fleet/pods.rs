@@ -23,6 +23,8 @@ pub(super) struct Pod {
     pub outstanding: u32,
     /// Prompt tokens not yet computed and tokens not yet generated of those.
     pub to_do: f64,
+    /// Since when it has been out of rotation, to see whether the others can do without it.
+    pub on_trial: Option<f64>,
     /// A pod that goes is there until then at least.
     gone_at: f64,
     /// Of an ordinary replica's requests; 0 for none while another is ready.
@@ -107,7 +109,7 @@ impl Pod {
     }
 
     pub fn reset_counters(&mut self) {
-        self.tally = Tally::default();
+        self.tally = Tally::new(self.device.profile.max_model_len);
     }
 
     fn gauge(&mut self, now: f64) -> Option<Gauge> {
@@ -220,10 +222,11 @@ impl Pods {
             core: None,
             dials,
             device: setup.device.slowed(slowness),
-            tally: Tally::default(),
+            tally: Tally::new(setup.device.profile.max_model_len),
             nonsense: setup.faults.nonsense(nth),
             outstanding: 0,
             to_do: 0.0,
+            on_trial: None,
             gone_at: 0.0,
             weight: 1.0,
             past: Vec::new(),
@@ -256,7 +259,8 @@ impl Pods {
                         Phase::Starting => 1,
                         _ => 0,
                     };
-                    (order, std::cmp::Reverse(p.outstanding), p.id)
+                    let idle = std::cmp::Reverse(p.outstanding);
+                    (order, p.on_trial.is_some(), idle, p.id)
                 });
                 match victim {
                     Some(pod) => {

@@ -78,7 +78,7 @@ pub(super) struct Fleet<'a> {
     pub turn: usize,
     /// How long an answer takes its replica, as a router learns it; 0 before the first one.
     pub duration_of_answers: f64,
-    desired: u32,
+    pub desired: u32,
     dials: Dials,
     pub random: Random,
     timeline: Vec<Point>,
@@ -345,14 +345,17 @@ impl<'a> Fleet<'a> {
             self.changed = policy.reason();
         }
         self.dials = dials;
+        let (min, max) = (self.setup.min_replicas, self.setup.max_replicas);
+        let mut replicas = self.after_trial(replicas.clamp(min, max));
         for pod in &mut self.pods.list {
             let own = overrides.iter().find(|(id, _)| *id == pod.id);
             pod.set_dials(own.map_or(dials, |(_, dials)| *dials));
             let weight = weights.iter().find(|(id, _)| *id == pod.id);
-            pod.weight = weight.map_or(1.0, |(_, weight)| *weight);
+            pod.weight = match pod.on_trial {
+                Some(_) => 0.0,
+                None => weight.map_or(1.0, |(_, weight)| *weight),
+            };
         }
-        let (min, max) = (self.setup.min_replicas, self.setup.max_replicas);
-        let mut replicas = replicas.clamp(min, max);
         if self.now < self.setup.settling {
             replicas = replicas.max(self.desired);
         }

@@ -207,6 +207,32 @@ fn replicas_leave_one_after_the_other_and_are_paid_until_then() {
 }
 
 #[test]
+fn a_replica_on_trial_gets_nothing_and_comes_back_where_it_is_missed() {
+    let trace = steady(2.0, 300.0);
+    // A look every 10 s, of which so many say that two are enough.
+    let outcome = |looks: usize| {
+        let setup = Setup {
+            trial_seconds: 15.0,
+            settling: 0.0,
+            ..routed(fast()).with_replicas(3)
+        };
+        let mut schedule = Schedule {
+            slot: 10.0,
+            replicas: [vec![3; 10], vec![2; looks], vec![3]].concat(),
+            dials: setup.dials,
+        };
+        simulate(&setup, &trace, &mut schedule).timeline
+    };
+    let missed = outcome(2);
+    assert!(missed.iter().all(|p| (p.desired, p.pods) == (3, 3)));
+    let spared = outcome(30);
+    let at = |t: f64| spared.iter().find(|p| p.t >= t).unwrap();
+    assert_eq!((at(110.0).desired, at(110.0).ready), (3, 3));
+    // What it had before is done by then, so that it is gone at once.
+    assert_eq!((at(120.0).desired, at(120.0).pods), (2, 2));
+}
+
+#[test]
 fn a_dead_replicas_requests_fail_or_go_elsewhere_and_a_new_one_comes() {
     let setup = Setup {
         faults: vec![Fault::Dies { at: 300.0 }],

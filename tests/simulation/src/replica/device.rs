@@ -1,6 +1,7 @@
 //! The devices that replicas run on.
 
-use stoker_engine::Profile;
+use stoker_engine::executor::ExecutorError;
+use stoker_engine::{Profile, SimulatedExecutor, VirtualClock, calibrate};
 use stoker_law::{Law, Prior};
 
 /// A latency law with its memory and noise.
@@ -76,6 +77,16 @@ impl Device {
     /// stoker-engine's T4.
     pub fn t4() -> Self {
         Self::with_noise(Profile::t4())
+    }
+
+    /// The same as a server simulates it: without noise, for requests of its own length, and with a
+    /// law that begins with what the engine's own sweep measures.
+    pub fn served_t4() -> Result<Self, ExecutorError> {
+        let profile = Profile::t4();
+        // Before the replica is ready: on a clock of its own.
+        let mut executor = SimulatedExecutor::new(profile.clone(), VirtualClock::new());
+        let prior = calibrate(&mut executor)?;
+        Ok(Device { profile, prior })
     }
 
     /// stoker-engine's H100.

@@ -13,7 +13,7 @@ const ITL: [f64; 19] = [
     0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0,
     40.0, 80.0,
 ];
-const LENGTH: [f64; 15] = [
+static LENGTH: [f64; 15] = [
     1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0, 200.0, 500.0, 1e3, 2e3, 5e3, 1e4, 2e4, 5e4,
 ];
 
@@ -160,6 +160,17 @@ impl Default for Tally {
 }
 
 impl Tally {
+    /// Of an engine for so many tokens: there are no buckets for lengths that it doesn't take.
+    pub fn new(max_model_len: u32) -> Self {
+        let within = LENGTH.partition_point(|bound| *bound <= f64::from(max_model_len));
+        let (lengths, _) = LENGTH.split_at(within);
+        Tally {
+            prompt_length: Buckets::new(lengths),
+            generation_length: Buckets::new(lengths),
+            ..Tally::default()
+        }
+    }
+
     pub fn received(&mut self, flight: &Flight) {
         self.received += 1;
         self.prompt_tokens_received += u64::from(flight.prompt);

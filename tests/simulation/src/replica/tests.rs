@@ -226,3 +226,43 @@ fn dials_and_aborts_take_effect_while_requests_run() {
         );
     }
 }
+
+#[test]
+fn a_served_replica_begins_with_what_its_sweep_measured() {
+    let device = Device::served_t4().unwrap();
+    let dials = Setup::study().dials;
+    let gauges = Core::new(Backend::Engine, &device, dials, 1).gauges();
+    assert!(gauges.law_confidence > 0.5, "{gauges:?}");
+    // Of a device without noise, to within a few percent; the assumed sweep is 5 % too slow.
+    for (sequences, tokens) in [(2, 2), (16, 16), (9, 288)] {
+        let shape = StepShape {
+            sequences,
+            tokens,
+            kv_tokens: u64::from(sequences) * 1000,
+        };
+        let off = gauges.law.step_seconds(shape) / device.profile.step_seconds(shape) - 1.0;
+        assert!(off.abs() < 0.03, "{shape:?}: off by {off}");
+    }
+}
+
+#[test]
+fn lengths_are_told_in_the_buckets_of_the_engines_context() {
+    let long = Trace::new(
+        "test",
+        vec![Request {
+            arrival: 0.0,
+            prompt: 6000,
+            output: 2,
+        }],
+    );
+    let ledger = Ledger::new(&long, Goals::default());
+    for (context, last) in [(8192, 5000.0), (32_768, 20_000.0)] {
+        let mut tally = Tally::new(context);
+        tally.finished(&ledger.flights[0], &Goals::default());
+        let told = tally.counters().prompt_length;
+        assert_eq!(told.count, 1.0);
+        let bounds: Vec<f64> = told.buckets.iter().map(|(bound, _)| *bound).collect();
+        assert_eq!(bounds[bounds.len() - 2..], [last, f64::INFINITY]);
+        assert_eq!(told.buckets.last(), Some(&(f64::INFINITY, 1.0)));
+    }
+}
