@@ -227,17 +227,20 @@ impl Low {
 
     /// The most that was needed no longer ago than it was needed for, within so many seconds.
     pub fn worth_keeping(&self, now: f64, seconds: f64) -> u32 {
-        let ends = (self.slots.iter().skip(1).map(|(start, _)| *start)).chain([now]);
-        let slots: Vec<_> = self.slots.iter().zip(ends).collect();
-        let numbers = slots.iter().map(|((_, most), _)| *most);
-        let kept = numbers.filter(|number| {
-            let needed = slots.iter().filter(|((_, most), _)| most >= number);
-            let (lasted, last) = needed.fold((0.0, f64::NEG_INFINITY), |sum, ((start, _), end)| {
-                (sum.0 + end - start, end.max(sum.1))
-            });
-            now - last <= lasted.min(seconds)
-        });
+        let numbers = self.slots.iter().map(|(_, most)| *most);
+        let kept = numbers.filter(|number| self.kept_for(now, seconds, *number) >= 0.0);
         kept.max().unwrap_or(0)
+    }
+
+    /// For how many seconds more that holds for `replicas`.
+    pub fn kept_for(&self, now: f64, seconds: f64, replicas: u32) -> f64 {
+        let ends = (self.slots.iter().skip(1).map(|(start, _)| *start)).chain([now]);
+        let slots = self.slots.iter().zip(ends);
+        let needed = slots.filter(|((_, most), _)| *most >= replicas);
+        let (lasted, last) = needed.fold((0.0, f64::NEG_INFINITY), |sum, ((start, _), end)| {
+            (sum.0 + end - start, end.max(sum.1))
+        });
+        lasted.min(seconds) - (now - last)
     }
 
     /// So many seconds weren't watched: they don't count, and what was before still does.
@@ -391,7 +394,11 @@ mod tests {
             match t as u32 {
                 0..130 => assert_eq!(kept, 2, "{t}"),
                 240..260 => assert_eq!(kept, 7, "{t}"),
-                290..400 => assert_eq!(kept, 5, "{t}"),
+                290..400 => {
+                    assert_eq!(kept, 5, "{t}");
+                    let left = low.kept_for(t, 120.0, 5);
+                    assert!((left - (420.0 - t.max(300.0))).abs() <= 15.0, "{t}: {left}");
+                }
                 440.. => assert_eq!(kept, 2, "{t}"),
                 _ => {}
             }

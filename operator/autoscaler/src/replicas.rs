@@ -153,7 +153,10 @@ pub(crate) fn plan(
         };
     }
     if need.down.max(kept) >= current {
-        let left = start - memory.low.lasted(now, current - 1);
+        let left = match need.back {
+            Some(_) => memory.low.kept_for(now, start, current),
+            None => start - memory.low.lasted(now, current - 1),
+        };
         return Plan::KeepStabilizing {
             replicas: current,
             seconds_left: left.max(1.0).ceil() as u32,
