@@ -12,6 +12,7 @@
 //! | `probe` | steps that tell no law | dials of one replica that do |
 //! | `need` | demand, capacity | how many replicas load needs |
 //! | `misses` | expected and missed objectives | by how much less a replica carries |
+//! | `lowering` | needs and turns of the past | for how long fewer would have done |
 //! | `replicas` | the need, now and before | what is done about it |
 //! | `sleep` | the router's queue | zero replicas and back |
 //! | `reason` | all of it | a sentence |
@@ -27,6 +28,7 @@ mod fleet;
 mod histogram;
 mod history;
 mod laws;
+mod lowering;
 mod misses;
 mod mix;
 mod model;

@@ -1,8 +1,9 @@
 //! What missed objectives teach: that a replica carries less than its law says.
 
+use serde::{Deserialize, Serialize};
+
 use crate::Scene;
 use crate::demand::Demand;
-use crate::memory::Misses;
 use crate::model::Capacity;
 use crate::need::Need;
 use crate::tune::Tuned;
@@ -18,6 +19,50 @@ const LONG_KEPT: f64 = 0.977;
 /// Factor by which a replica is taken to carry less, and at most.
 const DERATED_BY: f64 = 1.1;
 const MOST_DERATED: f64 = 4.0;
+/// Misses that tell a share of misses to within a third.
+const TELLING: f64 = 10.0;
+/// More than the misses allowed are expected at a time where fewer have been, at most so many times.
+const MOST_LEFT: f64 = 1.3;
+
+/// Misses measured against misses predicted.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub(crate) struct Misses {
+    /// By how much less a replica carries than its law says; 0 before anything was learnt.
+    pub derating: f64,
+    /// Requests that ended, missed, and were expected to miss; older ones count less.
+    pub ended: f64,
+    pub missed: f64,
+    pub expected: f64,
+    /// Requests that ended and missed in the last hour or so, shortages included.
+    pub long: (f64, f64),
+    /// Shares predicted since the last comparison, and how many.
+    pub predicted: (f64, u32),
+    pub judged_at: f64,
+    /// When replicas or samples were last lacking.
+    pub shortage_at: f64,
+}
+
+impl Misses {
+    /// How many times the misses allowed may be expected now, for what hasn't been spent of late.
+    pub fn left(&self, allowed: f64) -> f64 {
+        let (ended, missed) = self.long;
+        let spent = (missed + missed.max(0.0).sqrt() + TELLING) / (allowed * ended + TELLING);
+        if spent.is_finite() {
+            (2.0 - spent).clamp(1.0, MOST_LEFT)
+        } else {
+            1.0
+        }
+    }
+
+    pub fn derating(&self) -> f64 {
+        if self.derating.is_finite() {
+            self.derating.max(1.0)
+        } else {
+            1.0
+        }
+    }
+}
 /// What is left of that at each comparison that is in order: half after half an hour.
 const DERATING_KEPT: f64 = 0.977;
 
