@@ -29,10 +29,10 @@ bench: ## measure, and write the report
 bench-router: ## measure the router beside nginx
 	tests/bench-router.sh
 
-bench-fleet: images cluster-up ## measure a fleet with and without routers on the local cluster
+bench-fleet: cluster-up images ## measure a fleet with and without routers on the local cluster
 	tests/bench-fleet.py
 
-bench-autoscaler: images cluster-up ## measure the autoscaler live beside what the simulator expects
+bench-autoscaler: cluster-up images ## measure the autoscaler live beside what the simulator expects
 	tests/bench-autoscaler.py
 
 kernels: ## fetch the compiler of the CUDA kernels; builds have them from then on

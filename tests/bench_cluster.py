@@ -19,6 +19,10 @@ def run(*command, **options):
     return subprocess.run([str(part) for part in command], check=True, cwd=ROOT, **options)
 
 
+# The benches have a cluster of their own, whatever the caller's kubectl talks to.
+os.environ["KUBECONFIG"] = run(TOOLS / "local-cluster", "kubeconfig", capture_output=True, text=True).stdout.strip()
+
+
 def kubectl(*arguments, **options):
     return run(TOOLS / "kubectl", *arguments, capture_output=True, text=True, **options).stdout
 
@@ -40,7 +44,6 @@ def wait_for(what, seconds, ask):
 @contextlib.contextmanager
 def namespace(name):
     """A namespace for the time of a bench."""
-    os.environ["KUBECONFIG"] = run(TOOLS / "local-cluster", "kubeconfig", capture_output=True, text=True).stdout.strip()
     WORK.mkdir(parents=True, exist_ok=True)
     subprocess.run([TOOLS / "kubectl", "create", "namespace", name], capture_output=True)
     try:
