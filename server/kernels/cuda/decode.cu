@@ -23,6 +23,8 @@ struct Decode {
 
 // Query heads that share a KV head, at most.
 constexpr int GROUP = 8;
+// KV heads of all sequences up to which a context is worth asking for ahead.
+constexpr int FEW = 32;
 
 template <int SIZE, int WARPS> __device__ __forceinline__ void decode(const Decode& p) {
     constexpr int CHUNKS = SIZE / 32, PAIRS = SIZE / 16, PITCH = SIZE + 4;
@@ -70,11 +72,22 @@ template <int SIZE, int WARPS> __device__ __forceinline__ void decode(const Deco
         for (int i = 0; i < PAIRS; i++) v[i] = from[i * 32];
     };
 
+    // What a warp reads next is asked for into the L2 cache: registers have room for one block.
+    auto prefetch = [&](u32 id) {
+        const char* from = (const char*)(p.cache + p.kv.at(id, kv_head));
+#pragma unroll
+        for (int at = 128 * lane; at < 4 * BLOCK * SIZE; at += 32 * 128)
+            asm volatile("prefetch.global.L2 [%0];" ::"l"(from + at));
+    };
+
     // Tokens from steps before, and rotations, don't depend on the kernel before this one.
     load_ids(0);
     int block = end - 1 - warp;
     u32 id = __shfl_sync(FULL_WARP, ids, 0);
     if (block >= begin) load_keys(id), load_values(id);
+    // With more blocks of threads there are others to run meanwhile, whose weights it would only delay.
+    const bool few = gridDim.x * gridDim.y <= FEW;
+    if (few && block - WARPS >= begin) prefetch(__shfl_sync(FULL_WARP, ids, 1));
     for (int d = threadIdx.x * 2; d < SIZE; d += 64 * WARPS) *(float2*)(turns + d) = p.qkv.turn(sequence.start, d);
     __syncthreads();
     wait_for_previous();
