@@ -121,19 +121,12 @@ impl Recurrence {
     }
 
     /// Whether the newest slots are like those a period before; with `proof` also that load rose and
-    /// fell, and did so then.
+    /// fell meanwhile, and did so then: what only rises, or more slowly, is like what it was any while ago.
     fn repeats(&self, period: usize, proof: bool) -> bool {
-        let slots = &self.slots;
-        let first = slots.len().saturating_sub(COMPARED.1).max(period);
+        let at = |place: usize| self.slots.get(place).map_or(-1.0, |rate| f64::from(*rate));
         let (mut n, mut alike) = (0.0, 0.0);
-        let (mut x, mut y, mut xx, mut yy, mut xy) = (0.0, 0.0, 0.0, 0.0, 0.0);
         let (mut low, mut high) = (f64::INFINITY, 0.0f64);
-        for place in first..slots.len() {
-            let at = |place: usize| slots.get(place).map_or(-1.0, |rate| f64::from(*rate));
-            let (now, then) = (at(place), at(place - period));
-            if now < 0.0 || then < 0.0 {
-                continue;
-            }
+        for (place, now, then) in self.pairs(period) {
             // An edge may fall into the slot beside.
             let beside = [
                 then,
@@ -149,18 +142,43 @@ impl Recurrence {
                 alike += 1.0;
             }
             (low, high) = (low.min(now), high.max(now));
+        }
+        if n < COMPARED.0 as f64 || alike < ALIKE * n {
+            return false;
+        }
+        !proof
+            || (high >= SWING * low.max(0.2)
+                && self.correlation(period) >= CORRELATION
+                && (1..period).any(|shorter| self.correlation(shorter) <= 0.5 * CORRELATION))
+    }
+
+    /// The newest slots, each with its place and the one a period before.
+    fn pairs(&self, period: usize) -> impl Iterator<Item = (usize, f64, f64)> {
+        let first = self.slots.len().saturating_sub(COMPARED.1).max(period);
+        let now = self.slots.range(first..);
+        let then = self.slots.range(first - period..);
+        (first..)
+            .zip(now)
+            .zip(then)
+            .filter_map(|((place, now), then)| {
+                let known = *now >= 0.0 && *then >= 0.0;
+                known.then(|| (place, f64::from(*now), f64::from(*then)))
+            })
+    }
+
+    /// How the newest slots go with those a period before: Pearson's coefficient.
+    fn correlation(&self, period: usize) -> f64 {
+        let (mut n, mut x, mut y, mut xx, mut yy, mut xy) = (0.0, 0.0, 0.0, 0.0, 0.0, 0.0);
+        for (_, now, then) in self.pairs(period) {
+            n += 1.0;
             x += now;
             y += then;
             xx += now * now;
             yy += then * then;
             xy += now * then;
         }
-        if n < COMPARED.0 as f64 || alike < ALIKE * n {
-            return false;
-        }
         let spread = |square: f64, sum: f64| (square - sum * sum / n).max(1e-12);
-        let correlation = (xy - x * y / n) / (spread(xx, x) * spread(yy, y)).sqrt();
-        !proof || (correlation >= CORRELATION && high >= SWING * low.max(0.2))
+        (xy - x * y / n) / (spread(xx, x) * spread(yy, y)).sqrt()
     }
 }
 
@@ -229,6 +247,16 @@ mod tests {
             if t % 300.0 < 30.0 { 5.0 } else { 4.0 }
         });
         assert_eq!(recurrence.rise(240.0), Some(0.0));
+    }
+
+    #[test]
+    fn what_rises_once_repeats_nothing() {
+        let hump = |t: f64| 0.3 + 1.5 * (std::f64::consts::PI * t / 4500.0).sin();
+        let mut recurrence = Recurrence::default();
+        for minute in 0..75 {
+            feed(&mut recurrence, 60.0 * f64::from(minute), 60.0, hump);
+            assert!(!recurrence.is_proven(), "{minute}");
+        }
     }
 
     #[test]

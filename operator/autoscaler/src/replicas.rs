@@ -97,13 +97,12 @@ pub(crate) fn plan(
     memory
         .low
         .note(now, need.down, (DEAREST * patience).max(2.0 * start));
-    // Replicas that load may want back before others could have started, unless what comes is known.
-    let kept = match (need.by_pattern, need.back) {
-        (Some(_), _) => 0,
-        (None, Some(back)) => memory.low.worth_keeping(now, start).min(back),
-        (None, None) => memory.low.most(now, start),
+    // Replicas that load may want back before others could have started, as far as it is known to.
+    let kept = match need.back {
+        Some(back) => memory.low.worth_keeping(now, start).min(back),
+        None => memory.low.most(now, start),
     };
-    let kept = kept.max(floor);
+    let kept = kept.min(need.by_pattern.unwrap_or(u32::MAX)).max(floor);
     // One odd look isn't enough to order anything, but for a jump that no chance explains.
     let before = memory.last_need.replace(need.up);
     let agreed = if demand.trend.jumped {

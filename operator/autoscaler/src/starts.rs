@@ -8,8 +8,8 @@ use crate::observation::{Observation, Phase};
 
 /// Seconds before any start was seen, where nobody says more.
 const UNKNOWN: f64 = 60.0;
-/// What isn't known of starts may take so many times what is.
-const DOUBT: f64 = 2.0;
+/// A start that was given up may take so many times what it had taken.
+const GIVEN_UP: f64 = 2.0;
 /// Starts that are remembered.
 const KEPT: usize = 8;
 
@@ -72,17 +72,15 @@ impl Starts {
         sorted.get(middle).copied().unwrap_or(UNKNOWN)
     }
 
-    /// Seconds that the slowest of the last starts took. One that was given up after longer would
-    /// have taken as long again, for all that is known, and so may any before the first was seen.
+    /// Seconds that the slowest start may take, by the slowest of the last ones: of n numbers between 0 and
+    /// an unknown limit the largest, and an n-th of it more, is the limit's best unbiased estimate. What was
+    /// said of them beforehand counts as one. A start that was given up after longer would have taken as
+    /// long again, for all that is known.
     pub fn slowest(&self) -> f64 {
         let known = self.known().reduce(f64::max).unwrap_or(UNKNOWN);
-        let slowest = if self.seconds.is_empty() {
-            DOUBT * known
-        } else {
-            known
-        };
+        let slowest = known * (1.0 + 1.0 / (self.seconds.len() + 1) as f64);
         if self.given_up > known {
-            slowest.max(DOUBT * self.given_up)
+            slowest.max(GIVEN_UP * self.given_up)
         } else {
             slowest
         }
@@ -122,10 +120,18 @@ mod tests {
         assert_eq!(starts.usual(), UNKNOWN);
         starts.observe(&observation(Phase::Starting, 74.0, 0.0));
         starts.observe(&observation(Phase::Ready, 77.0, 2.0));
-        assert_eq!((starts.usual(), starts.slowest()), (75.0, 75.0));
+        assert_eq!((starts.usual(), starts.slowest()), (75.0, 112.5));
         starts.observe(&observation(Phase::Unschedulable, 100.0, 0.0));
         starts.observe(&observation(Phase::Ready, 241.0, 1.0));
-        assert_eq!((starts.usual(), starts.slowest()), (75.0, 240.0));
+        assert_eq!((starts.usual(), starts.slowest()), (75.0, 320.0));
+        for _ in 0..7 {
+            starts.observe(&observation(Phase::Starting, 59.0, 0.0));
+            starts.observe(&observation(Phase::Ready, 61.0, 1.0));
+        }
+        assert_eq!(
+            (starts.usual(), starts.slowest()),
+            (60.0, 240.0 * 10.0 / 9.0)
+        );
     }
 
     #[test]
