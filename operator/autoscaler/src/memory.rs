@@ -12,6 +12,7 @@ use crate::history::History;
 use crate::lowering::{Low, Turns};
 use crate::misses::Misses;
 use crate::mix::Mix;
+use crate::need::Looks;
 use crate::observation::Dials;
 use crate::probe::Probe;
 use crate::recurrence::Recurrence;
@@ -66,9 +67,8 @@ pub struct Memory {
     /// Own dials of unlike replicas.
     #[serde(skip)]
     pub(crate) own: BTreeMap<String, (Dials, Motion)>,
-    /// The need that the last call saw.
     #[serde(skip)]
-    pub(crate) last_need: Option<u32>,
+    pub(crate) looks: Looks,
     /// What else than was decided the Deployment is asked for, and since when.
     #[serde(skip)]
     pub(crate) differs: Option<(u32, f64)>,

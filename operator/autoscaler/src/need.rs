@@ -1,5 +1,7 @@
 //! How many replicas load needs: to order, and to keep.
 
+use std::collections::VecDeque;
+
 use crate::Scene;
 use crate::demand::Demand;
 use crate::memory::Memory;
@@ -17,11 +19,14 @@ const JUMP: f64 = 2.0;
 /// Without a law, the share of the cap that may be in use.
 const PLANNED_CAP: f64 = 0.7;
 /// Share of the misses allowed that the replicas left after a scale-down may be expected to have.
-const KEPT_MISSES: f64 = 0.5;
+const KEPT_MISSES: f64 = 0.6;
 /// Seconds that load must have been watched to be known to within what chance does to it, and the
 /// standard errors that it may be below what was measured until then.
 const KNOWN_AFTER: f64 = 15.0;
 const DOUBT: f64 = 2.0;
+/// Seconds for which looks must agree that more replicas are needed: what chance makes of the newest
+/// requests is gone by then, and to a start they add little.
+const AGREED_FOR: f64 = 4.0;
 
 /// Replicas that the load needs.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -40,10 +45,36 @@ pub(crate) struct Need {
     pub by_in_flight: bool,
 }
 
+/// What the last looks wanted to order.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub(crate) struct Looks(VecDeque<(f64, u32)>);
+
+impl Looks {
+    pub fn note(&mut self, now: f64, up: u32) {
+        self.0.retain(|(at, _)| *at <= now);
+        self.0.push_back((now, up));
+        while (self.0.get(1)).is_some_and(|(at, _)| now - at >= AGREED_FOR) {
+            self.0.pop_front();
+        }
+    }
+
+    fn last(&self) -> Option<u32> {
+        self.0.back().map(|(_, up)| *up)
+    }
+
+    /// What all of them wanted; 0 where they tell of too short a time.
+    pub fn agreed(&self) -> u32 {
+        let ends = self.0.front().zip(self.0.back());
+        let long = ends.is_some_and(|((first, _), (last, _))| last - first >= AGREED_FOR);
+        let least = self.0.iter().map(|(_, up)| *up).min();
+        least.filter(|_| long).unwrap_or(0)
+    }
+}
+
 /// Without a law the cap in force is what counts.
 pub(crate) fn need(scene: &Scene, demand: &Demand, tuned: &Tuned, memory: &mut Memory) -> Need {
     // What is known is a while behind where samples are late.
-    let start = memory.starts.usual() + scene.census.delay;
+    let start = memory.starts.next() + scene.census.delay;
     let mut trend = demand.trend;
     if memory.without.forecast {
         trend.slope = 0.0;
@@ -78,7 +109,7 @@ pub(crate) fn need(scene: &Scene, demand: &Demand, tuned: &Tuned, memory: &mut M
         most: scene.limits.max_replicas.saturating_mul(2).max(1),
     };
     let lacking = tuned.lacking.max(0.0).ceil() as u32;
-    let hint = memory.last_need.unwrap_or(1).saturating_sub(lacking);
+    let hint = memory.looks.last().unwrap_or(1).saturating_sub(lacking);
     let needs = |rate: f64, share: f64, hint: u32| match fleet.needs(rate, share, hint) {
         0 => 0,
         n => n.saturating_add(lacking),
@@ -202,5 +233,34 @@ impl Fleet<'_> {
             }
         }
         does
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_a_look_or_two_want_is_not_agreed() {
+        let mut looks = Looks::default();
+        let mut agreed = |now, up| {
+            looks.note(now, up);
+            looks.agreed()
+        };
+        let seen = [
+            (0.0, 3, 0),
+            (2.0, 3, 0),
+            (4.0, 3, 3),
+            (6.0, 9, 3),
+            (8.0, 9, 3),
+            (10.0, 4, 4),
+            // After a pause the last look counts, after a clock that went back nothing does.
+            (60.0, 6, 4),
+            (5.0, 6, 0),
+            (9.0, 6, 6),
+        ];
+        for (now, up, expected) in seen {
+            assert_eq!(agreed(now, up), expected, "{now}");
+        }
     }
 }

@@ -103,12 +103,12 @@ pub(crate) fn plan(
         None => memory.low.most(now, start),
     };
     let kept = kept.min(need.by_pattern.unwrap_or(u32::MAX)).max(floor);
-    // One odd look isn't enough to order anything, but for a jump that no chance explains.
-    let before = memory.last_need.replace(need.up);
+    // An odd look or two aren't enough to order anything, but for a jump that no chance explains.
+    memory.looks.note(now, need.up);
     let agreed = if demand.trend.jumped {
         need.up
     } else {
-        need.up.min(before.unwrap_or(0))
+        memory.looks.agreed()
     };
     let sure = bounded(agreed, limits).max(floor);
 
@@ -136,11 +136,11 @@ pub(crate) fn plan(
     if !fewer || (!demand.idle && suffers(scene, demand, capacity, current - 1)) {
         return Plan::Keep(current);
     }
-    // A fall that is part of a pattern needs no patience: load won't be back before replicas can.
+    // A fall that is part of a pattern needs no patience: load won't be back before replicas can. What
+    // one replica fewer would do for is no fall.
     if let Some(enough) = need.by_pattern.map(|n| n.max(need.down).max(floor))
-        && enough < current
+        && enough + 2 <= current
         && memory.low.lasted(now, current - 1) >= BETWEEN_STEPS
-        && (current - enough >= 2 || memory.turns.wait(now, MOST_TURNS) <= 0.0)
     {
         let to = bounded(enough, limits);
         memory.lower(now);
