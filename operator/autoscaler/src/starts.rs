@@ -18,6 +18,8 @@ const KEPT: usize = 8;
 #[serde(default)]
 pub(crate) struct Starts {
     seconds: Vec<f64>,
+    /// How many were ever seen.
+    seen: u32,
     /// What somebody else says that one takes.
     told: Option<f64>,
     /// Age of the oldest replica that was given up before it was ready.
@@ -42,6 +44,7 @@ impl Starts {
                     let seconds = replica.age_seconds - replica.ready_seconds;
                     if possible(seconds) {
                         self.seconds.push(seconds.round());
+                        self.seen = self.seen.saturating_add(1);
                     }
                 }
                 Phase::Ready | Phase::Draining => {}
@@ -64,10 +67,12 @@ impl Starts {
         self.seconds.iter().copied().chain(told)
     }
 
-    /// Seconds that the next start is taken to take: what one takes as a rule, or what one that isn't over
-    /// has taken already. Where the warm nodes are used up, the next has none either.
+    /// Seconds that the next start is taken to take: what one takes as a rule, or midway from there to what
+    /// one that isn't over has taken already. Where the warm nodes are used up, the next has none either,
+    /// unless one becomes free.
     pub fn next(&self) -> f64 {
-        self.coming.values().copied().fold(self.usual(), f64::max)
+        let usual = self.usual();
+        f64::midpoint(usual, self.coming.values().copied().fold(usual, f64::max))
     }
 
     fn usual(&self) -> f64 {
@@ -78,12 +83,12 @@ impl Starts {
     }
 
     /// Seconds that the slowest start may take, by the slowest of the last ones: of n numbers between 0 and
-    /// an unknown limit the largest, and an n-th of it more, is the limit's best unbiased estimate. What was
-    /// said of them beforehand counts as one. A start that was given up after longer would have taken as
+    /// an unknown limit the largest, and an n-th of it more, is the limit's best unbiased estimate. All that
+    /// were seen count, and what was said of them beforehand as one. A start that was given up after longer would have taken as
     /// long again, for all that is known.
     pub fn slowest(&self) -> f64 {
         let known = self.known().reduce(f64::max).unwrap_or(UNKNOWN);
-        let slowest = known * (1.0 + 1.0 / (self.seconds.len() + 1) as f64);
+        let slowest = known * (1.0 + 1.0 / (f64::from(self.seen) + 1.0));
         if self.given_up > known {
             slowest.max(GIVEN_UP * self.given_up)
         } else {
@@ -120,7 +125,7 @@ mod tests {
         starts.expect(30.0);
         assert_eq!((starts.usual(), starts.slowest()), (30.0, 60.0));
         starts.observe(&observation(Phase::Starting, 100.0, 0.0));
-        assert_eq!((starts.usual(), starts.next()), (30.0, 100.0));
+        assert_eq!((starts.usual(), starts.next()), (30.0, 65.0));
         let mut starts = Starts::default();
         // Nobody saw this one start.
         starts.observe(&observation(Phase::Ready, 900.0, 10.0));
@@ -137,7 +142,7 @@ mod tests {
         }
         assert_eq!(
             (starts.usual(), starts.slowest()),
-            (60.0, 240.0 * 10.0 / 9.0)
+            (60.0, 264.0)
         );
     }
 
