@@ -63,8 +63,9 @@ impl Misses {
         }
     }
 }
-/// What is left of that at each comparison that is in order: half after half an hour.
-const DERATING_KEPT: f64 = 0.977;
+/// What is left of that at each comparison that is in order: half after an hour and ten minutes, since each
+/// time that it turns out to be too little costs a shortage.
+const DERATING_KEPT: f64 = 0.99;
 
 /// Takes replicas to carry less where more requests miss their objectives than the law says: the law,
 /// the mix or the routing is worse than believed. Nothing is learnt in a shortage or soon after.

