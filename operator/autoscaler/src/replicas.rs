@@ -139,7 +139,7 @@ pub(crate) fn plan(
     // A fall that is part of a pattern needs no patience: load won't be back before replicas can. What
     // one replica fewer would do for is no fall.
     if let Some(enough) = need.by_pattern.map(|n| n.max(need.down).max(floor))
-        && enough + 2 <= current
+        && current.saturating_sub(enough) >= 2
         && memory.low.lasted(now, current - 1) >= BETWEEN_STEPS
     {
         let to = bounded(enough, limits);

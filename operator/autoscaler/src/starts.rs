@@ -10,6 +10,8 @@ use crate::observation::{Observation, Phase};
 const UNKNOWN: f64 = 60.0;
 /// A start that was given up may take so many times what it had taken.
 const GIVEN_UP: f64 = 2.0;
+/// A start that takes so many times the usual one tells nothing of others: that replica is stuck.
+const STUCK: f64 = 4.0;
 /// Starts that are remembered.
 const KEPT: usize = 8;
 
@@ -72,7 +74,8 @@ impl Starts {
     /// unless one becomes free.
     pub fn next(&self) -> f64 {
         let usual = self.usual();
-        f64::midpoint(usual, self.coming.values().copied().fold(usual, f64::max))
+        let longest = self.coming.values().copied().fold(usual, f64::max);
+        f64::midpoint(usual, longest.min(STUCK * usual))
     }
 
     fn usual(&self) -> f64 {
@@ -84,8 +87,8 @@ impl Starts {
 
     /// Seconds that the slowest start may take, by the slowest of the last ones: of n numbers between 0 and
     /// an unknown limit the largest, and an n-th of it more, is the limit's best unbiased estimate. All that
-    /// were seen count, and what was said of them beforehand as one. A start that was given up after longer would have taken as
-    /// long again, for all that is known.
+    /// were seen count, and what was said of them beforehand as one. A start that was given up after longer
+    /// would have taken as long again, for all that is known.
     pub fn slowest(&self) -> f64 {
         let known = self.known().reduce(f64::max).unwrap_or(UNKNOWN);
         let slowest = known * (1.0 + 1.0 / (f64::from(self.seen) + 1.0));
@@ -126,6 +129,8 @@ mod tests {
         assert_eq!((starts.usual(), starts.slowest()), (30.0, 60.0));
         starts.observe(&observation(Phase::Starting, 100.0, 0.0));
         assert_eq!((starts.usual(), starts.next()), (30.0, 65.0));
+        starts.observe(&observation(Phase::Starting, 3600.0, 0.0));
+        assert_eq!(starts.next(), 75.0, "it is stuck");
         let mut starts = Starts::default();
         // Nobody saw this one start.
         starts.observe(&observation(Phase::Ready, 900.0, 10.0));
