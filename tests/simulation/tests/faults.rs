@@ -147,10 +147,11 @@ fn the_operator_restarted_every_minute() {
     holds(&outcome, 2.5);
     assert_eq!(outcome.score.reversals, 0);
     // With what is stored once a minute it goes on, but for the time that nobody watched, which counts
-    // neither for patience nor for how long replicas are kept that load may want back.
+    // neither for patience nor for how long replicas are kept that load may want back: as long as the
+    // slowest start may take, which the few starts that it sees tell only roughly.
     let setup = setup(faults);
     let mut stored = Stoker::new(&setup).with_stored_memory();
-    holds(&simulate(&setup, day(), &mut stored), 1.25);
+    holds(&simulate(&setup, day(), &mut stored), 1.35);
 }
 
 #[test]
