@@ -34,6 +34,7 @@ mod mix;
 mod model;
 mod need;
 mod probe;
+mod raising;
 mod reason;
 mod recurrence;
 mod replicas;

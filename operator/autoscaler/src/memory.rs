@@ -12,9 +12,9 @@ use crate::history::History;
 use crate::lowering::{Low, Turns};
 use crate::misses::Misses;
 use crate::mix::Mix;
-use crate::need::Looks;
 use crate::observation::Dials;
 use crate::probe::Probe;
+use crate::raising::Looks;
 use crate::recurrence::Recurrence;
 use crate::starts::Starts;
 

@@ -1,7 +1,5 @@
 //! How many replicas load needs: to order, and to keep.
 
-use std::collections::VecDeque;
-
 use crate::Scene;
 use crate::demand::Demand;
 use crate::memory::Memory;
@@ -24,9 +22,6 @@ const KEPT_MISSES: f64 = 0.6;
 /// standard errors that it may be below what was measured until then.
 const KNOWN_AFTER: f64 = 15.0;
 const DOUBT: f64 = 2.0;
-/// Seconds for which looks must agree that more replicas are needed: what chance makes of the newest
-/// requests is gone by then, and to a start they add little.
-const AGREED_FOR: f64 = 4.0;
 
 /// Replicas that the load needs.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -43,32 +38,6 @@ pub(crate) struct Need {
     pub by_pattern: Option<u32>,
     /// `up` follows from the requests in flight rather than from their rate.
     pub by_in_flight: bool,
-}
-
-/// What the last looks wanted to order.
-#[derive(Clone, Debug, Default, PartialEq)]
-pub(crate) struct Looks(VecDeque<(f64, u32)>);
-
-impl Looks {
-    pub fn note(&mut self, now: f64, up: u32) {
-        self.0.retain(|(at, _)| *at <= now);
-        self.0.push_back((now, up));
-        while (self.0.get(1)).is_some_and(|(at, _)| now - at >= AGREED_FOR) {
-            self.0.pop_front();
-        }
-    }
-
-    fn last(&self) -> Option<u32> {
-        self.0.back().map(|(_, up)| *up)
-    }
-
-    /// What all of them wanted; 0 where they tell of too short a time.
-    pub fn agreed(&self) -> u32 {
-        let ends = self.0.front().zip(self.0.back());
-        let long = ends.is_some_and(|((first, _), (last, _))| last - first >= AGREED_FOR);
-        let least = self.0.iter().map(|(_, up)| *up).min();
-        least.filter(|_| long).unwrap_or(0)
-    }
 }
 
 /// Without a law the cap in force is what counts.
@@ -233,34 +202,5 @@ impl Fleet<'_> {
             }
         }
         does
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn what_a_look_or_two_want_is_not_agreed() {
-        let mut looks = Looks::default();
-        let mut agreed = |now, up| {
-            looks.note(now, up);
-            looks.agreed()
-        };
-        let seen = [
-            (0.0, 3, 0),
-            (2.0, 3, 0),
-            (4.0, 3, 3),
-            (6.0, 9, 3),
-            (8.0, 9, 3),
-            (10.0, 4, 4),
-            // After a pause the last look counts, after a clock that went back nothing does.
-            (60.0, 6, 4),
-            (5.0, 6, 0),
-            (9.0, 6, 6),
-        ];
-        for (now, up, expected) in seen {
-            assert_eq!(agreed(now, up), expected, "{now}");
-        }
     }
 }

@@ -18,13 +18,6 @@ const ABOUT_AS_CHEAP: f64 = 1.1;
 /// Every peer at its best single setting for all cases and seeds: the cheapest that is good enough on
 /// each, or where none is the one whose worst is best.
 pub fn one_setting(worlds: &[(Setup, Trace)], args: &Args) {
-    let settings = tuning::grid(&Peer::ALL, &args.peers_at_caps, &args.peers_at_budgets);
-    let scores: Vec<_> = (worlds.iter())
-        .map(|(setup, trace)| {
-            tuning::scores(&settings, setup, trace, Backend::Surrogate, args.threads)
-        })
-        .collect();
-    let of = |place: usize| scores.iter().filter_map(move |on| Some(on.get(place)?.1));
     let goal = worlds
         .first()
         .map_or(99.0, |(setup, _)| setup.goals.good_percent);
@@ -33,39 +26,31 @@ pub fn one_setting(worlds: &[(Setup, Trace)], args: &Args) {
     );
     println!("| --- | --- | --- | --- |");
     for peer in Peer::ALL {
-        let places = (0..settings.len()).filter(|place| {
-            settings
-                .get(*place)
-                .is_some_and(|setting| setting.peer == peer)
-        });
-        let hours = |place: usize| of(place).map(|score| score.replica_hours).sum::<f64>();
-        let worst = |place: usize| of(place).map(|score| score.good).fold(100.0, f64::min);
-        let best = places.min_by(|&a, &b| {
-            let key = |place: usize| match worst(place) {
-                good if good >= goal => (0, hours(place)),
-                good => (1, -good),
-            };
+        let settings = tuning::grid(&[peer], &args.peers_at_caps, &args.peers_at_budgets);
+        let key = |scores: &Scores| match scores.worst() {
+            good if good >= goal => (0, scores.hours()),
+            good => (1, -good),
+        };
+        let all = on_all(&settings, worlds, Some(Backend::Surrogate), args.threads);
+        let best = all.into_iter().min_by(|(_, a), (_, b)| {
             let (a, b) = (key(a), key(b));
             a.0.cmp(&b.0).then(a.1.total_cmp(&b.1))
         });
-        let Some((place, setting)) = best.and_then(|p| Some((p, settings.get(p)?))) else {
+        let Some((setting, Scores(each))) = best else {
             continue;
         };
-        let each: Vec<Score> = of(place).collect();
         let by_seed = each.chunks(args.cases.len().max(1)).map(|cases| {
             let hours: f64 = cases.iter().map(|score| score.replica_hours).sum();
             format!("{hours:.2}")
         });
-        let each =
+        let by_case =
             (each.iter()).map(|score| format!("{:.2} @ {:.2}", score.good, score.replica_hours));
         println!(
-            "| {} | {} / {}, {} | {} | {} |",
+            "| {} | {} | {} | {} |",
             peer.name(),
-            setting.max_num_seqs,
-            setting.max_num_batched_tokens,
-            setting.parameter,
+            named(&setting),
             by_seed.collect::<Vec<_>>().join(", "),
-            each.collect::<Vec<_>>().join(", ")
+            by_case.collect::<Vec<_>>().join(", ")
         );
     }
 }
@@ -96,7 +81,7 @@ pub fn beside(program: &Path, case: &str, worlds: &[(Setup, Trace)], args: &Args
     };
     let cap = usual(|dials| dials.max_num_seqs);
     let budget = usual(|dials| dials.max_num_batched_tokens);
-    let ours = Seeds(outcomes.iter().map(|outcome| outcome.score).collect());
+    let ours = Scores(outcomes.iter().map(|outcome| outcome.score).collect());
     println!(
         "| stoker-advise | mostly {cap} / {budget} | {} |",
         ours.row()
@@ -107,34 +92,37 @@ pub fn beside(program: &Path, case: &str, worlds: &[(Setup, Trace)], args: &Args
     budgets.dedup();
     for peer in Peer::ALL.into_iter().filter(|p| *p != Peer::Fixed) {
         let settings = tuning::grid(&[peer], &args.peers_at_caps, &budgets);
-        let quick = on_all(&settings, worlds, Some(Backend::Surrogate), args.threads);
-        let most = ABOUT_AS_CHEAP * ours.hours();
-        let mut near: Vec<_> = (quick.into_iter())
-            .filter(|(_, seeds)| seeds.hours() <= most)
-            .collect();
-        near.sort_by(|(_, a), (_, b)| b.good().total_cmp(&a.good()));
-        let near: Vec<Setting> = near
-            .iter()
-            .take(TRIED)
-            .map(|(setting, _)| *setting)
-            .collect();
-        let best = (on_all(&near, worlds, None, args.threads).into_iter())
-            .filter(|(_, seeds)| seeds.hours() <= ours.hours())
-            .max_by(|(_, a), (_, b)| a.good().total_cmp(&b.good()));
+        let best = best_within(ours.hours(), &settings, worlds, args.threads);
         match best {
-            Some((setting, seeds)) => println!(
-                "| {} | {} / {}, {} | {} |",
-                peer.name(),
-                setting.max_num_seqs,
-                setting.max_num_batched_tokens,
-                setting.parameter,
-                seeds.row()
-            ),
+            Some((setting, scores)) => {
+                println!(
+                    "| {} | {} | {} |",
+                    peer.name(),
+                    named(&setting),
+                    scores.row()
+                );
+            }
             None => println!("| {} | none as cheap | | | | | |", peer.name()),
         }
     }
     println!();
     Ok(())
+}
+
+/// Of one peer's settings the one with the most good requests at no more than so many hours.
+fn best_within(
+    hours: f64,
+    settings: &[Setting],
+    worlds: &[(Setup, Trace)],
+    threads: usize,
+) -> Option<(Setting, Scores)> {
+    let mut near = on_all(settings, worlds, Some(Backend::Surrogate), threads);
+    near.retain(|(_, scores)| scores.hours() <= ABOUT_AS_CHEAP * hours);
+    near.sort_by(|(_, a), (_, b)| b.good().total_cmp(&a.good()));
+    let near: Vec<Setting> = near.iter().take(TRIED).map(|(s, _)| *s).collect();
+    (on_all(&near, worlds, None, threads).into_iter())
+        .filter(|(_, scores)| scores.hours() <= hours)
+        .max_by(|(_, a), (_, b)| a.good().total_cmp(&b.good()))
 }
 
 /// Each setting in each world, there on its own backend or on another one.
@@ -143,29 +131,39 @@ fn on_all(
     worlds: &[(Setup, Trace)],
     backend: Option<Backend>,
     threads: usize,
-) -> Vec<(Setting, Seeds)> {
-    let mut all: Vec<_> = settings.iter().map(|s| (*s, Seeds::default())).collect();
+) -> Vec<(Setting, Scores)> {
+    let mut all: Vec<_> = settings.iter().map(|s| (*s, Scores::default())).collect();
     for (setup, trace) in worlds {
         let backend = backend.unwrap_or(setup.backend);
         let scores = tuning::scores(settings, setup, trace, backend, threads);
-        for ((_, seeds), (_, score)) in all.iter_mut().zip(scores) {
-            seeds.0.push(score);
+        for ((_, before), (_, score)) in all.iter_mut().zip(scores) {
+            before.0.push(score);
         }
     }
     all
 }
 
-/// What came of one policy with several seeds.
-#[derive(Default)]
-struct Seeds(Vec<Score>);
+/// A setting as tables name it: cap, budget and parameter.
+fn named(setting: &Setting) -> String {
+    let (cap, budget) = (setting.max_num_seqs, setting.max_num_batched_tokens);
+    format!("{cap} / {budget}, {}", setting.parameter)
+}
 
-impl Seeds {
+/// What came of one policy in several worlds.
+#[derive(Default)]
+struct Scores(Vec<Score>);
+
+impl Scores {
     fn sum(&self, of: fn(&Score) -> f64) -> f64 {
         self.0.iter().map(of).sum()
     }
 
     fn good(&self) -> f64 {
         self.sum(|score| score.good) / self.0.len() as f64
+    }
+
+    fn worst(&self) -> f64 {
+        self.0.iter().map(|score| score.good).fold(100.0, f64::min)
     }
 
     fn hours(&self) -> f64 {
