@@ -6,8 +6,9 @@ mod common;
 
 use std::collections::BTreeSet;
 
-use common::{Server, series};
+use common::{Server, eventually, series};
 use serde_json::json;
+use tokio::task::JoinHandle;
 
 const SCALING: &[&str] = &[
     "vllm:num_requests_running",
@@ -53,6 +54,7 @@ const REST: &[&str] = &[
     "vllm:request_decode_time_seconds",
     "vllm:request_inference_time_seconds",
     "vllm:iteration_tokens_total",
+    "stoker:requests_set_back_total",
     "stoker:http_requests_total",
 ];
 
@@ -212,5 +214,46 @@ async fn misses_are_counted_too() {
                 .await,
             1.0
         );
+    }
+}
+
+/// Begins a completion that a router has had for so many milliseconds.
+fn send_after(server: &Server, waited: &str, max_tokens: u32) -> JoinHandle<u16> {
+    let body = json!({"prompt": "a", "max_tokens": max_tokens, "ignore_eos": true});
+    let request = (server.http.post(server.url.clone() + "/v1/completions"))
+        .header("x-stoker-queue-ms", waited)
+        .json(&body);
+    tokio::spawn(async { request.send().await.unwrap().status().as_u16() })
+}
+
+#[tokio::test]
+async fn time_in_a_router_counts() {
+    let server = Server::start(&[]).await;
+    // A header that can't be right counts as none.
+    for waited in ["5000", "100", "soon", "99999999999"] {
+        assert_eq!(send_after(&server, waited, 2).await.unwrap(), 200);
+    }
+    for (met, count) in [("false", 1.0), ("true", 3.0)] {
+        let labels = [("objective", "ttft"), ("met", met)];
+        let counted = server.metric("stoker:objective_requests_total", &labels);
+        assert_eq!(counted.await, count, "{met}");
+    }
+}
+
+#[tokio::test]
+async fn who_is_late_lets_others_go_first() {
+    let server = Server::start(&["--max-num-seqs", "1"]).await;
+    let shows = async |gauge: &str| {
+        eventually(gauge, async || server.metric(gauge, &[]).await == 1.0).await;
+    };
+    let running = send_after(&server, "0", 300);
+    shows("vllm:num_requests_running").await;
+    let late = send_after(&server, "5000", 200);
+    shows("vllm:num_requests_waiting").await;
+    shows("stoker:requests_set_back_total").await;
+    assert_eq!(send_after(&server, "0", 2).await.unwrap(), 200);
+    assert!(!late.is_finished(), "it has 200 tokens to go");
+    for answer in [running, late] {
+        assert_eq!(answer.await.unwrap(), 200);
     }
 }

@@ -263,6 +263,7 @@ impl Bench {
             eos_token_ids: Vec::new(),
             priority: 0,
             arrival,
+            first_token_due: None,
         }
     }
 }

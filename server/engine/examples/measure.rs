@@ -55,6 +55,7 @@ fn request(id: u64, prompt: usize, max_tokens: u32) -> Request {
         eos_token_ids: vec![],
         priority: 0,
         arrival: 0.0,
+        first_token_due: None,
     }
 }
 

@@ -136,7 +136,8 @@ impl<E: Executor> Engine<E> {
     ) -> Result<(), ExecutorError> {
         // Phases for whoever profiles: who is in the step, putting it on the device (named by what
         // it is), waiting for the one before it, and taking its tokens in.
-        let batch = trace_span!("schedule").in_scope(|| self.scheduler.schedule(now));
+        let step_seconds = self.last_step.map_or(0.0, |step| step.seconds);
+        let batch = trace_span!("schedule").in_scope(|| self.scheduler.schedule(now, step_seconds));
         if let Some(batch) = batch {
             let phase = match batch.rows.iter().filter(|r| r.tokens.len() == 1).count() {
                 0 => trace_span!("prefill"),
@@ -191,6 +192,7 @@ impl<E: Executor> Engine<E> {
             kv_tokens: scheduler.kv_tokens(),
             waiting_prompt_tokens: scheduler.waiting_prompt_tokens(),
             preemptions_total: scheduler.preemptions,
+            set_back_total: scheduler.set_back,
             steps_total: self.steps,
             step_seconds_total: self.step_seconds,
             prompt_tokens_total: scheduler.prompt_tokens,

@@ -29,11 +29,14 @@ pub struct Request {
     /// Goes on past `eos_token_ids`.
     pub ignore_eos: bool,
     pub eos_token_ids: Vec<u32>,
-    /// Lower runs first, as in vLLM; first come, first served among equals.
+    /// Lower runs first, as in vLLM; first come, first served among equals that can be in time.
     pub priority: i32,
     /// When the request came, on the clock that is passed to [`crate::Engine::step`]; reported
     /// back in [`Timing`].
     pub arrival: f64,
+    /// When the first token is to be out, on the same clock: a request that waits and can't be in
+    /// time any more lets those go first that can. `None`: it is in time whenever it comes.
+    pub first_token_due: Option<f64>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -4,11 +4,13 @@ use crate::blocks::BlockTable;
 use crate::executor::{InputToken, Row, Slot};
 use crate::request::{Event, FinishReason, Request, RequestId, Timing};
 
-/// The order in which sequences are served: by priority, then first come, first served. It is
-/// unique, so it also names a sequence.
+/// The order in which sequences are served: by priority, then those that can be in time, then first
+/// come, first served. It is unique, so it also names a sequence.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) struct Rank {
     pub priority: i32,
+    /// Whether it was set back: see [`crate::Request::first_token_due`].
+    pub late: bool,
     pub order: u64,
 }
 
@@ -45,6 +47,7 @@ impl Sequence {
         Self {
             rank: Rank {
                 priority: request.priority,
+                late: false,
                 order,
             },
             prompt_len: tokens.len(),
@@ -84,6 +87,12 @@ impl Sequence {
 
     pub fn has_pending(&self) -> bool {
         self.pending > 0
+    }
+
+    /// Whether a first token at this time would be too late. Not so once it is out or on its way.
+    pub fn misses_due(&self, first_token: f64) -> bool {
+        let expected = self.timing.first_token.is_none() && !self.has_pending();
+        expected && (self.request.first_token_due).is_some_and(|due| first_token > due)
     }
 
     /// Whether all tokens that may be generated are generated or in flight.

@@ -29,6 +29,8 @@ pub struct Stats {
     /// the generated tokens are part of the prompt).
     pub waiting_prompt_tokens: u64,
     pub preemptions_total: u64,
+    /// Requests that couldn't have their first token in time any more and let others go first.
+    pub set_back_total: u64,
     pub steps_total: u64,
     /// Device time of all steps, in seconds.
     pub step_seconds_total: f64,

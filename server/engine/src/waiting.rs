@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use crate::sequence::{Rank, Sequence};
 
-/// Ordered by priority, then arrival; preempted sequences stand at the place they came from.
+/// Ordered by rank; preempted sequences stand at the place they came from.
 #[derive(Debug, Default)]
 pub(crate) struct WaitingQueue {
     sequences: BTreeMap<Rank, Sequence>,
@@ -28,6 +28,18 @@ impl WaitingQueue {
 
     pub fn first(&self) -> Option<&Sequence> {
         self.sequences.values().next()
+    }
+
+    /// The first of those that were set back, where it has the priority of the very first.
+    pub fn first_late(&self) -> Option<&Sequence> {
+        let priority = self.first()?.rank.priority;
+        let late = Rank {
+            priority,
+            late: true,
+            order: 0,
+        };
+        let (rank, sequence) = self.sequences.range(late..).next()?;
+        (rank.priority == priority).then_some(sequence)
     }
 
     pub fn pop(&mut self) -> Option<Sequence> {

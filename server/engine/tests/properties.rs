@@ -24,6 +24,7 @@ enum Action {
         stops: Vec<u32>,
         ignore_eos: bool,
         priority: i32,
+        first_token_due: Option<f64>,
     },
     /// Aborts the n-th request of those added.
     Abort(prop::sample::Index),
@@ -46,14 +47,16 @@ fn action() -> impl Strategy<Value = Action> {
         prop::collection::vec(token, 0..3),
         any::<bool>(),
         -1i32..2,
+        prop::option::of(0.0..60.0f64),
     )
         .prop_map(
-            |(prompt, max_tokens, stops, ignore_eos, priority)| Action::Add {
+            |(prompt, max_tokens, stops, ignore_eos, priority, first_token_due)| Action::Add {
                 prompt,
                 max_tokens,
                 stops,
                 ignore_eos,
                 priority,
+                first_token_due,
             },
         );
     prop_oneof![
@@ -175,11 +178,13 @@ impl Run {
                 stops,
                 ignore_eos,
                 priority,
+                first_token_due,
             } => self.add(Request {
                 stop_token_ids: stops.iter().take(1).copied().collect(),
                 eos_token_ids: stops.iter().skip(1).copied().collect(),
                 ignore_eos,
                 priority,
+                first_token_due,
                 ..request(number, prompt, max_tokens)
             }),
             Action::Abort(index) => {

@@ -44,6 +44,14 @@ fn run(engine: &mut Engine<PagedModel>, clock: &VirtualClock) -> Vec<Event> {
     events
 }
 
+fn finished(events: &[Event]) -> Vec<u64> {
+    let ids = events.iter().filter_map(|event| match event {
+        Event::Finished { id, .. } => Some(id.0),
+        Event::Token { .. } => None,
+    });
+    ids.collect()
+}
+
 #[test]
 fn prompts_are_chunked_and_decodes_go_first() {
     let (mut engine, log) = engine((8, 10));
@@ -117,14 +125,94 @@ fn priority_first_then_arrival() {
         };
         engine.add(request).unwrap();
     }
-    let order: Vec<u64> = run(&mut engine, &clock)
-        .iter()
-        .filter_map(|event| match event {
-            Event::Finished { id, .. } => Some(id.0),
-            Event::Token { .. } => None,
-        })
-        .collect();
-    assert_eq!(order, [3, 1, 0, 2]);
+    assert_eq!(finished(&run(&mut engine, &clock)), [3, 1, 0, 2]);
+}
+
+#[test]
+fn who_cannot_be_in_time_lets_others_go_first() {
+    let (mut engine, _) = engine((1, 64));
+    let clock = VirtualClock::new();
+    engine.add(request(0, vec![1; 4], 3)).unwrap();
+    engine.step(&clock).unwrap();
+    for (id, first_token_due) in [(1, Some(5.0)), (2, Some(11.0)), (3, Some(2.0)), (4, None)] {
+        let request = Request {
+            first_token_due,
+            ..request(id, vec![1; 4], 2)
+        };
+        engine.add(request).unwrap();
+    }
+    clock.sleep_until(10.0);
+    // Among the late it is first come, first served again.
+    assert_eq!(finished(&run(&mut engine, &clock)), [0, 2, 4, 1, 3]);
+    assert_eq!(engine.stats().set_back_total, 2);
+}
+
+#[test]
+fn time_for_the_prompt_counts_for_who_is_late() {
+    let (mut engine, _) = engine((1, 10));
+    let clock = VirtualClock::new();
+    // Steps take 1.1 ms with ten tokens: the long prompt needs eight of them, the short one one.
+    engine.add(request(0, vec![1; 10], 3)).unwrap();
+    engine.step(&clock).unwrap();
+    for (id, prompt) in [(1, 80), (2, 8)] {
+        let request = Request {
+            first_token_due: Some(0.005),
+            ..request(id, vec![1; prompt], 2)
+        };
+        engine.add(request).unwrap();
+    }
+    assert_eq!(finished(&run(&mut engine, &clock)), [0, 2, 1]);
+}
+
+#[test]
+fn who_streams_already_is_not_set_back() {
+    let small = Capacity {
+        blocks: 6,
+        ..CAPACITY
+    };
+    let limits = Limits {
+        max_num_seqs: 2,
+        max_num_batched_tokens: 64,
+    };
+    let mut engine = Engine::new(PagedModel::new(small), limits, EngineConfig::default());
+    let clock = VirtualClock::new();
+    for id in 0..3 {
+        let request = Request {
+            first_token_due: (id < 2).then_some(0.5),
+            ..request(id, vec![1; 8], 9)
+        };
+        engine
+            .add(Request {
+                ignore_eos: true,
+                ..request
+            })
+            .unwrap();
+    }
+    // Both stream when memory runs out; the second one loses its seat.
+    let mut events = engine.step(&clock).unwrap();
+    clock.sleep_until(10.0);
+    events.extend(run(&mut engine, &clock));
+    let stats = engine.stats();
+    assert!(stats.preemptions_total > 0);
+    assert_eq!(stats.set_back_total, 0);
+    assert_eq!(finished(&events), [0, 1, 2]);
+}
+
+#[test]
+fn late_ones_get_one_seat_in_eight() {
+    let (mut engine, _) = engine((1, 64));
+    let clock = VirtualClock::new();
+    clock.sleep_until(1.0);
+    for id in 0..20 {
+        let request = Request {
+            first_token_due: (id < 2).then_some(0.5),
+            ..request(id, vec![1; 4], 2)
+        };
+        engine.add(request).unwrap();
+    }
+    let order = finished(&run(&mut engine, &clock));
+    let place = |id| order.iter().position(|other| *other == id).unwrap();
+    assert_eq!((place(0), place(1)), (7, 15));
 }
 
 #[test]

@@ -360,6 +360,7 @@ fn request(id: u64) -> Request {
         eos_token_ids: vec![],
         priority: (id % 3) as i32,
         arrival: 0.0,
+        first_token_due: None,
     }
 }
 

@@ -271,6 +271,9 @@ impl Exchange {
         *request.method_mut() = self.method.clone();
         *request.uri_mut() = self.uri.clone();
         *request.headers_mut() = self.headers.clone();
+        // For a replica, the request's time runs since it came here.
+        let waited = milliseconds(clock::now() - self.record.started);
+        (request.headers_mut()).insert(QUEUE_MS, (waited as u64).into());
         request
     }
 

@@ -201,6 +201,7 @@ async fn requests_are_told_apart_and_passed_on_as_they_are() {
         ("connection", "x-hop"),
         ("x-hop", "1"),
         ("x-end", "2"),
+        ("x-stoker-queue-ms", "9999"),
     ];
     let answer = post(
         router.address,
@@ -224,6 +225,9 @@ async fn requests_are_told_apart_and_passed_on_as_they_are() {
     );
     assert!(head.contains("x-forwarded-for: 127.0.0.1"), "{head}");
     assert!(!head.contains("x-hop"), "{head}");
+    // The router's own word on how long it had the request, not the client's.
+    assert!(head.contains("x-stoker-queue-ms: "), "{head}");
+    assert!(!head.contains("9999"), "{head}");
     let made = router.complete(body(1, false)).await;
     assert!(
         made.headers["x-request-id"]

@@ -6,6 +6,7 @@ mod watch;
 
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
+use std::time::Duration;
 
 use stoker_engine::executor::{Executor, Sampling};
 use stoker_engine::{
@@ -142,9 +143,13 @@ impl EngineHandle {
         })
     }
 
-    /// Adds requests: all of them or none.
-    pub async fn submit(&self, requests: Vec<NewRequest>) -> Result<Generation, SubmitError> {
-        let arrival = self.clock.now();
+    /// Adds requests: all of them or none. They arrived so long ago: in a router, which held them.
+    pub async fn submit(
+        &self,
+        requests: Vec<NewRequest>,
+        waited: Duration,
+    ) -> Result<Generation, SubmitError> {
+        let arrival = self.clock.now() - waited.as_secs_f64();
         let count = requests.len();
         let tokens: u64 = requests.iter().map(|r| r.prompt.len() as u64).sum();
         let first = self.next_id.fetch_add(count as u64, Ordering::Relaxed);

@@ -1,5 +1,4 @@
 use std::sync::mpsc as std_mpsc;
-use std::time::Duration;
 
 use stoker_engine::executor::{Capacity, ExecutorError, StepBatch, StepOutput, Ticket};
 use stoker_engine::{Profile, SimulatedExecutor};
@@ -69,7 +68,7 @@ async fn collect(generation: &mut Generation) -> Vec<(usize, Update)> {
 async fn tokens_of_requests_added_together_come_with_their_index() {
     let engine = simulated();
     let mut generation = engine
-        .submit(vec![request(5, 3), request(700, 4)])
+        .submit(vec![request(5, 3), request(700, 4)], Duration::ZERO)
         .await
         .unwrap();
     let updates = collect(&mut generation).await;
@@ -89,7 +88,7 @@ async fn tokens_of_requests_added_together_come_with_their_index() {
 async fn requests_are_added_all_or_none() {
     let engine = simulated();
     let refused = engine
-        .submit(vec![request(5, 3), request(9000, 3)])
+        .submit(vec![request(5, 3), request(9000, 3)], Duration::ZERO)
         .await
         .err();
     assert!(matches!(
@@ -99,7 +98,10 @@ async fn requests_are_added_all_or_none() {
             error: AddError::PromptTooLong { .. }
         })
     ));
-    let refused = engine.submit(vec![request(5, 3); 4]).await.err();
+    let refused = engine
+        .submit(vec![request(5, 3); 4], Duration::ZERO)
+        .await
+        .err();
     assert!(matches!(refused, Some(SubmitError::QueueFull { .. })));
     until(|| {
         let stats = engine.snapshot().stats;
@@ -112,12 +114,15 @@ async fn requests_are_added_all_or_none() {
 #[tokio::test]
 async fn a_dropped_answer_frees_its_blocks() {
     let engine = simulated();
-    let generation = engine.submit(vec![request(2000, 6000)]).await.unwrap();
+    let generation = engine
+        .submit(vec![request(2000, 6000)], Duration::ZERO)
+        .await
+        .unwrap();
     until(|| engine.snapshot().stats.kv_tokens > 0).await;
     drop(generation);
     until(|| engine.snapshot().stats.kv_blocks_used == 0).await;
     // A handler that is dropped before the engine has answered it leaves nothing either.
-    let submit = engine.submit(vec![request(2000, 6000)]);
+    let submit = engine.submit(vec![request(2000, 6000)], Duration::ZERO);
     assert!(futures::poll!(std::pin::pin!(submit)).is_pending());
     until(|| {
         let stats = engine.snapshot().stats;
@@ -168,7 +173,10 @@ async fn a_failed_device_ends_every_answer_and_is_told() {
     for panics in [false, true] {
         let device = Failing { steps: 0, panics };
         let (engine, failure) = start(Box::new(device), RealClock::new());
-        let mut generation = engine.submit(vec![request(5, 50)]).await.unwrap();
+        let mut generation = engine
+            .submit(vec![request(5, 50)], Duration::ZERO)
+            .await
+            .unwrap();
         let updates = collect(&mut generation).await;
         assert_eq!(updates.len(), 2, "two tokens, no end");
         let message = failure.recv().unwrap();
@@ -183,7 +191,10 @@ async fn a_failed_device_ends_every_answer_and_is_told() {
                 .is_err()
         })
         .await;
-        let refused = engine.submit(vec![request(5, 5)]).await.err();
+        let refused = engine
+            .submit(vec![request(5, 5)], Duration::ZERO)
+            .await
+            .err();
         assert!(matches!(refused, Some(SubmitError::Gone)));
     }
 }

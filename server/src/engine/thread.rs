@@ -191,6 +191,8 @@ impl EngineThread {
     }
 
     fn engine_request(&self, id: RequestId, request: NewRequest, arrival: f64) -> Request {
+        let prompt_tokens = u32::try_from(request.prompt.len()).unwrap_or(u32::MAX);
+        let ttft_limit = self.requests.objectives.ttft_limit(prompt_tokens);
         Request {
             id,
             prompt: request.prompt,
@@ -201,6 +203,7 @@ impl EngineThread {
             eos_token_ids: self.eos_token_ids.clone(),
             priority: request.priority,
             arrival,
+            first_token_due: Some(arrival + ttft_limit),
         }
     }
 
@@ -284,6 +287,7 @@ mod tests {
             kv_tokens: 0,
             waiting_prompt_tokens,
             preemptions_total: 0,
+            set_back_total: 0,
             steps_total: 0,
             step_seconds_total: 0.0,
             prompt_tokens_total: 0,

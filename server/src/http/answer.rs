@@ -63,8 +63,15 @@ impl<S: AnswerShape> Endpoint<S> {
             model: app.model_name.clone(),
             with_usage: include_usage,
         });
-        let answering =
-            generate::start(app.serving()?, prepared, self.prompt_field, active).await?;
+        let serving = app.serving()?;
+        let answering = generate::start(
+            serving,
+            prepared,
+            self.prompt_field,
+            accepted.waited,
+            active,
+        )
+        .await?;
         if stream {
             return Ok(events::respond(answering, shape, include_usage));
         }

@@ -11,7 +11,7 @@ use axum::Router;
 use axum::body::Body;
 use axum::extract::FromRequestParts;
 use axum::http::request::Parts;
-use axum::http::{HeaderValue, Request, header};
+use axum::http::{HeaderMap, HeaderName, HeaderValue, Request, header};
 use hyper::body::Incoming;
 use hyper::server::conn::http1;
 use hyper::service::service_fn;
@@ -36,22 +36,40 @@ const KEEPALIVE_PROBES: u32 = 3;
 /// Pause after a failed accept (no more file descriptors, say).
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
+/// How long a router has had the request already, in milliseconds.
+const QUEUE_MS: HeaderName = HeaderName::from_static("x-stoker-queue-ms");
+/// More than that is no request's wait: the header is something else's.
+const MOST_WAITED: Duration = Duration::from_secs(3600);
+
 /// When the request's connection was accepted.
 #[derive(Clone, Copy, Debug)]
 pub struct Accepted {
     pub at: Instant,
+    /// How long the request had been on its way, in a router's queue.
+    pub waited: Duration,
 }
 
 impl<S: Sync> FromRequestParts<S> for Accepted {
     type Rejection = ApiError;
 
     async fn from_request_parts(parts: &mut Parts, _: &S) -> Result<Self, ApiError> {
-        parts
-            .extensions
-            .get()
-            .copied()
-            .ok_or_else(|| ApiError::internal("the request has no connection"))
+        let accepted: Option<&Self> = parts.extensions.get();
+        let accepted =
+            accepted.ok_or_else(|| ApiError::internal("the request has no connection"))?;
+        Ok(Self {
+            waited: waited(&parts.headers),
+            ..*accepted
+        })
     }
+}
+
+/// A header that can't be read counts as none: it is a hint.
+fn waited(headers: &HeaderMap) -> Duration {
+    let text = headers.get(QUEUE_MS).and_then(|value| value.to_str().ok());
+    let waited = text.and_then(|text| text.parse().ok());
+    (waited.map(Duration::from_millis))
+        .filter(|waited| *waited <= MOST_WAITED)
+        .unwrap_or_default()
 }
 
 /// How the connections of a port are served.
@@ -89,7 +107,10 @@ impl Port {
 
     async fn serve_connection(self, stream: TcpStream) {
         tune(&stream);
-        let accepted = Accepted { at: Instant::now() };
+        let accepted = Accepted {
+            at: Instant::now(),
+            waited: Duration::ZERO,
+        };
         // Spread, so that connections opened together don't come back together.
         let expires = self
             .max_age

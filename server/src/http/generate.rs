@@ -1,6 +1,7 @@
 //! From a checked request to text: what completions and chat completions have in common.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use stoker_engine::AddError;
 use stoker_engine::executor::Sampling;
@@ -135,11 +136,13 @@ pub fn default_max_tokens(wanted: u32, prompt_tokens: usize, serving: &Serving) 
     u32::try_from(room).unwrap_or(u32::MAX).min(wanted).max(1)
 }
 
-/// Hands a prepared request to the engine. `param` is the field that holds the prompt.
+/// Hands a prepared request to the engine. `param` is the field that holds the prompt; `waited` is how
+/// long the request had been on its way.
 pub async fn start(
     serving: &Serving,
     prepared: Prepared,
     param: &'static str,
+    waited: Duration,
     active: ActiveRequest,
 ) -> Result<Answering, ApiError> {
     let Prepared {
@@ -174,7 +177,7 @@ pub async fn start(
         .collect::<Vec<_>>();
     let generation = serving
         .engine
-        .submit(requests)
+        .submit(requests, waited)
         .await
         .map_err(|error| refusal(error, param))?;
     Ok(Answering {

@@ -92,6 +92,7 @@ struct Totals {
     prompt_tokens: IntCounter,
     generation_tokens: IntCounter,
     preemptions: IntCounter,
+    set_back: IntCounter,
     steps: IntCounter,
     step_seconds: GenericCounter<AtomicF64>,
 }
@@ -173,7 +174,7 @@ impl EngineMetrics {
                 LATENCY_BUCKETS,
             )?,
             gauges: Gauges::new(scaling)?,
-            totals: Totals::new(scaling)?,
+            totals: Totals::new(scaling, rest)?,
             cache_config: rest.register(prometheus::GaugeVec::new(
                 rest.opts(
                     "vllm:cache_config_info",
@@ -269,6 +270,7 @@ impl EngineMetrics {
         raise(&t.prompt_tokens, stats.prompt_tokens_total);
         raise(&t.generation_tokens, stats.generation_tokens_total);
         raise(&t.preemptions, stats.preemptions_total);
+        raise(&t.set_back, stats.set_back_total);
         raise(&t.steps, stats.steps_total);
         t.step_seconds
             .inc_by((stats.step_seconds_total - t.step_seconds.get()).max(0.0));
@@ -349,7 +351,7 @@ impl Gauges {
 }
 
 impl Totals {
-    fn new(scaling: &Family) -> Result<Self> {
+    fn new(scaling: &Family, rest: &Family) -> Result<Self> {
         Ok(Self {
             prompt_tokens: scaling.counter(
                 "vllm:prompt_tokens_total",
@@ -362,6 +364,11 @@ impl Totals {
             preemptions: scaling.counter(
                 "vllm:num_preemptions_total",
                 "Cumulative number of preemption from the engine.",
+            )?,
+            set_back: rest.counter(
+                "stoker:requests_set_back_total",
+                "Requests that let others go first, since their first token could not be in time \
+                 any more.",
             )?,
             steps: scaling.counter("stoker:engine_steps_total", "Steps run.")?,
             step_seconds: scaling.register(GenericCounter::with_opts(scaling.opts(

@@ -16,6 +16,10 @@ pub struct World {
     warm_seconds: f64,
     #[arg(long, default_value_t = 240.0)]
     cold_seconds: f64,
+    /// Replicas serve first come, first served, as vLLM does; without it those that can't be in time
+    /// let others go first, as stoker-engine does.
+    #[arg(long)]
+    first_come: bool,
     #[arg(long, value_enum, default_value_t = Scheduler::Engine)]
     backend: Scheduler,
     #[arg(long, default_value_t = 1)]
@@ -33,8 +37,13 @@ enum Scheduler {
 
 impl World {
     pub fn setup(&self) -> Setup {
+        let device = self.device.clone();
         Setup {
-            device: self.device.clone(),
+            device: if self.first_come {
+                device.first_come()
+            } else {
+                device
+            },
             backend: match self.backend {
                 Scheduler::Engine => Backend::Engine,
                 Scheduler::Surrogate => Backend::Surrogate,

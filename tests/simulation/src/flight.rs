@@ -100,6 +100,11 @@ impl Flight {
         }
     }
 
+    /// When the first token is to be out.
+    pub fn due(&self, goals: &Goals) -> f64 {
+        self.arrival + goals.ttft_within(f64::from(self.prompt))
+    }
+
     pub fn meets_ttft(&self, goals: &Goals) -> bool {
         self.ttft() <= goals.ttft_within(f64::from(self.prompt))
     }

@@ -35,6 +35,9 @@ pub(crate) struct Scheduler {
     steps: u64,
     /// Where the next step starts among the decoding sequences if the budget can't serve all.
     turn: usize,
+    seats_given: u64,
+    /// Times that a request was set back, since it couldn't be in time any more.
+    pub set_back: u64,
     pub preemptions: u64,
     pub prompt_tokens: u64,
     pub generation_tokens: u64,
@@ -67,6 +70,8 @@ impl Scheduler {
             next_order: 0,
             steps: 0,
             turn: 0,
+            seats_given: 0,
+            set_back: 0,
             preemptions: 0,
             prompt_tokens: 0,
             generation_tokens: 0,

@@ -5,11 +5,14 @@ use stoker_law::StepShape;
 use super::{InFlight, Scheduler};
 use crate::blocks::BlockTable;
 use crate::executor::StepBatch;
-use crate::sequence::Seat;
+use crate::sequence::{Seat, Sequence};
 
 /// Share of the blocks (one in so many) that admitting a sequence leaves free for the running
 /// ones to grow into.
 const HEADROOM: u32 = 100;
+
+/// One in so many seats goes to whoever was set back first, so that nobody waits for good.
+const LATE_TURN: u64 = 8;
 
 /// Whether a decoding sequence takes part in the step.
 enum Room {
@@ -22,11 +25,12 @@ enum Room {
 
 impl Scheduler {
     /// Builds the next step; `None` if there is nothing that could be computed now. At most one
-    /// step may be in flight.
-    pub fn schedule(&mut self, now: f64) -> Option<StepBatch> {
+    /// step may be in flight. `step_seconds`: how long a step takes these days.
+    pub fn schedule(&mut self, now: f64, step_seconds: f64) -> Option<StepBatch> {
         let mut budget = self.limits.max_num_batched_tokens as usize;
         self.plan_decodes(&mut budget);
         self.plan_chunks(&mut budget);
+        self.set_back_late(now, step_seconds);
         self.admit(&mut budget);
         self.build(now)
     }
@@ -117,32 +121,73 @@ impl Scheduler {
         }
     }
 
+    /// Sets those back that can't have their first token in time any more: in a shortage all would
+    /// be late if whoever is late already went first.
+    fn set_back_late(&mut self, now: f64, step_seconds: f64) {
+        if self.waiting.len() == 0 {
+            return;
+        }
+        let (mut decodes, mut ahead) = (0, 0);
+        for sequence in &self.running {
+            match sequence.to_compute() {
+                0 | 1 => decodes += 1,
+                tokens => ahead += tokens,
+            }
+        }
+        let budget = self.limits.max_num_batched_tokens as usize;
+        let chunk = budget.saturating_sub(decodes).max(1);
+        while let Some(first) = self.waiting.first() {
+            // The step in flight, and those that its prompt and the ones before it take.
+            let steps = 1 + (ahead + first.to_compute()).div_ceil(chunk);
+            if first.rank.late || !first.misses_due(now + steps as f64 * step_seconds) {
+                return;
+            }
+            let Some(mut sequence) = self.waiting.pop() else {
+                return;
+            };
+            sequence.rank.late = true;
+            self.ranks.insert(sequence.id(), sequence.rank);
+            self.waiting.push(sequence);
+            self.set_back += 1;
+        }
+    }
+
+    /// Who gets the next seat.
+    fn next_in(&self) -> Option<&Sequence> {
+        let late = (self.seats_given % LATE_TURN == LATE_TURN - 1)
+            .then(|| self.waiting.first_late())
+            .flatten();
+        late.or_else(|| self.waiting.first())
+    }
+
     /// Gives seats to waiting sequences, with blocks for all that they have to compute, so that
     /// two half-computed prompts can't block each other.
     fn admit(&mut self, budget: &mut usize) {
         while *budget > 0 && self.running.len() < self.limits.max_num_seqs as usize {
-            let Some(first) = self.waiting.first() else {
+            let Some(next) = self.next_in() else {
                 break;
             };
+            let rank = next.rank;
             let mut blocks = self.pool.table();
             let headroom = if self.running.is_empty() {
                 0
             } else {
                 (self.capacity.blocks / HEADROOM) as usize
             };
-            let total = first.total();
+            let total = next.total();
             let fits = blocks.missing(total) + headroom <= self.pool.free();
             // One that was just preempted may have a token in flight, which no later step could
             // take from the step before it.
-            if first.has_pending() || !fits || !blocks.grow(total) {
+            if next.has_pending() || !fits || !blocks.grow(total) {
                 break;
             }
             let Some(slot) = self.free_slots.pop() else {
                 break;
             };
-            let Some(mut sequence) = self.waiting.pop() else {
+            let Some(mut sequence) = self.waiting.remove(rank) else {
                 break;
             };
+            self.seats_given += 1;
             sequence.seat = Some(Seat { slot, blocks });
             sequence.planned = total.min(*budget);
             *budget -= sequence.planned;

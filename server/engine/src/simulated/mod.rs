@@ -172,6 +172,7 @@ mod tests {
             eos_token_ids: vec![],
             priority: 0,
             arrival: now,
+            first_token_due: None,
         }
     }
 

@@ -50,6 +50,7 @@ pub fn request(id: u64, prompt: Vec<u32>, max_tokens: u32) -> Request {
         eos_token_ids: vec![],
         priority: 0,
         arrival: 0.0,
+        first_token_due: None,
     }
 }
 

@@ -46,6 +46,7 @@ impl Bench {
                 eos_token_ids: vec![],
                 priority: 0,
                 arrival: 0.0,
+                first_token_due: None,
             })?;
         }
         let mut first = 0;

@@ -4,12 +4,15 @@ use stoker_engine::executor::ExecutorError;
 use stoker_engine::{Profile, SimulatedExecutor, VirtualClock, calibrate};
 use stoker_law::{Law, Prior};
 
-/// A latency law with its memory and noise.
+/// What a replica is: a latency law with its memory and noise, and an engine.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Device {
     pub profile: Profile,
     /// What the engine believes of the law before it has seen a step; the surrogate knows it.
     pub prior: Prior,
+    /// Whether requests that can't have their first token in time let others go first, as
+    /// stoker-engine has it, or all are served as they come, as vLLM has it.
+    pub sets_back: bool,
 }
 
 /// Standard deviation of the logarithm of a step's time.
@@ -21,6 +24,7 @@ impl Device {
     fn with_noise(profile: Profile) -> Self {
         let device = Device {
             prior: Prior::default(),
+            sets_back: true,
             profile: Profile {
                 noise: NOISE,
                 max_model_len: CONTEXT,
@@ -66,6 +70,12 @@ impl Device {
         device.swept()
     }
 
+    /// The same device under an engine that serves first come, first served.
+    pub fn first_come(mut self) -> Self {
+        self.sets_back = false;
+        self
+    }
+
     /// The study's T4 whose engine makes no sweep: it begins with a guess.
     pub fn unswept_t4() -> Self {
         let mut device = Self::study_t4();
@@ -86,7 +96,11 @@ impl Device {
         // Before the replica is ready: on a clock of its own.
         let mut executor = SimulatedExecutor::new(profile.clone(), VirtualClock::new());
         let prior = calibrate(&mut executor)?;
-        Ok(Device { profile, prior })
+        Ok(Device {
+            profile,
+            prior,
+            sets_back: true,
+        })
     }
 
     /// stoker-engine's H100.

@@ -21,6 +21,7 @@ pub struct Real {
     engine: Engine<SimulatedExecutor>,
     /// Where the engine stands: ahead of the fleet's time by the step in flight.
     clock: VirtualClock,
+    sets_back: bool,
     /// What that step brings.
     events: Vec<Event>,
     busy: bool,
@@ -41,6 +42,7 @@ impl Real {
         Real {
             engine: Engine::new(executor, limits(dials), config),
             clock,
+            sets_back: device.sets_back,
             events: Vec::new(),
             busy: false,
         }
@@ -60,6 +62,7 @@ impl Real {
             eos_token_ids: Vec::new(),
             priority: 0,
             arrival: flight.arrival,
+            first_token_due: self.sets_back.then(|| flight.due(&ledger.goals)),
         });
         if added.is_ok() && !self.busy {
             self.clock.sleep_until(now);

@@ -2,8 +2,9 @@
 //! decode in it, so that searching over thousands of runs is possible.
 //!
 //! It differs from the engine in what hardly ever matters: blocks are of one token, a budget below
-//! the number of decoding sequences still lets all of them decode, and the law is known instead of
-//! fitted.
+//! the number of decoding sequences still lets all of them decode, the law is known instead of
+//! fitted, and those that were set back compute their prompts, and lose their seats, as if they
+//! hadn't been.
 
 use std::cmp::Reverse;
 use std::collections::{BinaryHeap, VecDeque};
@@ -17,6 +18,8 @@ use crate::random::Random;
 
 /// Share of the KV cache that admitting a sequence leaves free.
 const HEADROOM: f64 = 0.01;
+/// One in so many seats goes to whoever was set back first.
+const LATE_TURN: u64 = 8;
 /// What a scrape says of a law that has been fitted for a while.
 const CONFIDENCE: f64 = 0.9;
 
@@ -28,6 +31,10 @@ struct Waiting {
     /// Tokens to generate.
     left: u32,
     resumed: bool,
+    /// When the first token is to be out.
+    due: f64,
+    /// Whether it was set back since that can't be.
+    late: bool,
 }
 
 /// A sequence with a seat.
@@ -38,6 +45,8 @@ struct Seated {
     tokens: u32,
     left: u32,
     resumed: bool,
+    due: f64,
+    late: bool,
     /// Number of the step that samples its last token, once it decodes.
     ends: u64,
 }
@@ -60,8 +69,12 @@ pub struct Surrogate {
     capacity: u64,
     dials: Dials,
     ahead: bool,
+    sets_back: bool,
     random: Random,
     waiting: VecDeque<Waiting>,
+    /// Those that can't be in time any more; they wait until nobody else does, or for their turn.
+    late: VecDeque<Waiting>,
+    seats_given: u64,
     /// In the order of admission; those that compute their prompt.
     prefilling: VecDeque<Seated>,
     /// In the order of admission.
@@ -93,8 +106,12 @@ impl Surrogate {
             capacity: profile.kv_capacity_tokens(),
             dials,
             ahead,
+            // The study's replicas are vLLM's.
+            sets_back: ahead && device.sets_back,
             random: Random::new(seed),
             waiting: VecDeque::new(),
+            late: VecDeque::new(),
+            seats_given: 0,
             prefilling: VecDeque::new(),
             decoding: Vec::new(),
             ends: BinaryHeap::new(),
@@ -122,6 +139,12 @@ impl Surrogate {
             tokens: flight.prompt,
             left: flight.output,
             resumed: false,
+            due: if self.sets_back {
+                flight.due(&ledger.goals)
+            } else {
+                f64::INFINITY
+            },
+            late: false,
         });
         if self.running.is_none() {
             self.start(now);
@@ -130,7 +153,9 @@ impl Surrogate {
     }
 
     pub fn abort(&mut self, request: u32) {
-        self.waiting.retain(|w| w.request != request);
+        for queue in [&mut self.waiting, &mut self.late] {
+            queue.retain(|w| w.request != request);
+        }
         if let Some(place) = self.prefilling.iter().position(|s| s.request == request)
             && let Some(gone) = self.prefilling.remove(place)
         {
@@ -158,7 +183,7 @@ impl Surrogate {
     }
 
     fn start(&mut self, now: f64) {
-        let Some(step) = self.planned.take().or_else(|| self.plan()) else {
+        let Some(step) = self.planned.take().or_else(|| self.plan(now)) else {
             return;
         };
         let noise = (self.noise * self.random.normal()).exp();
@@ -170,12 +195,12 @@ impl Surrogate {
         let seconds = (self.law.step_seconds(step.shape) - saving) * noise;
         self.running = Some((step, now + seconds, seconds));
         if self.ahead {
-            self.planned = self.plan();
+            self.planned = self.plan(now);
         }
     }
 
     /// Puts the next step together and counts its tokens as computed.
-    fn plan(&mut self) -> Option<Step> {
+    fn plan(&mut self, now: f64) -> Option<Step> {
         // Decodes first, and room for their tokens.
         let mut preempted = false;
         while self.context + self.prefilled + self.decoding.len() as u64 > self.capacity {
@@ -186,9 +211,11 @@ impl Surrogate {
         }
         let decodes = self.decoding.len() as u32;
         let mut room = self.dials.max_num_batched_tokens.saturating_sub(decodes);
-        if decodes == 0 && self.prefilling.is_empty() && self.waiting.is_empty() {
+        let waiting = self.waiting.len() + self.late.len();
+        if decodes == 0 && self.prefilling.is_empty() && waiting == 0 {
             return None;
         }
+        self.set_back_late(now, room);
         let mut step = self.spare.pop().unwrap_or_default();
         step.firsts.clear();
         step.lasts.clear();
@@ -268,12 +295,34 @@ impl Surrogate {
         Some(step)
     }
 
+    /// As the engine does it: see its `Request::first_token_due`.
+    fn set_back_late(&mut self, now: f64, room: u32) {
+        let begun = self.prefilling.iter();
+        let ahead: u32 = begun.map(|s| s.tokens - s.computed).sum();
+        let step_seconds = self.last_step.map_or(0.0, |(_, seconds)| seconds);
+        while let Some(first) = self.waiting.front() {
+            let steps = 1 + (ahead + first.tokens).div_ceil(room.max(1));
+            if now + f64::from(steps) * step_seconds <= first.due {
+                return;
+            }
+            let late = Waiting {
+                late: true,
+                ..*first
+            };
+            self.late.push_back(late);
+            self.waiting.pop_front();
+        }
+    }
+
     fn admit(&mut self) -> bool {
         let seats = self.decoding.len() + self.prefilling.len();
         if seats >= self.dials.max_num_seqs as usize {
             return false;
         }
-        let Some(first) = self.waiting.front().copied() else {
+        let turn = self.seats_given % LATE_TURN == LATE_TURN - 1;
+        let late = !self.late.is_empty() && (turn || self.waiting.is_empty());
+        let queue = if late { &self.late } else { &self.waiting };
+        let Some(first) = queue.front().copied() else {
             return false;
         };
         let headroom = if seats == 0 {
@@ -285,13 +334,21 @@ impl Surrogate {
         if self.context + begun + u64::from(first.tokens) + headroom > self.capacity {
             return false;
         }
-        self.waiting.pop_front();
+        let queue = if late {
+            &mut self.late
+        } else {
+            &mut self.waiting
+        };
+        queue.pop_front();
+        self.seats_given += 1;
         self.prefilling.push_back(Seated {
             request: first.request,
             computed: 0,
             tokens: first.tokens,
             left: first.left,
             resumed: first.resumed,
+            due: first.due,
+            late: first.late,
             ends: u64::MAX,
         });
         true
@@ -302,11 +359,13 @@ impl Surrogate {
         self.preemptions += 1;
         if let Some(last) = self.prefilling.pop_back() {
             self.prefilled -= u64::from(last.computed);
-            self.waiting.push_front(Waiting {
+            self.put_back(Waiting {
                 request: last.request,
                 tokens: last.tokens,
                 left: last.left,
                 resumed: last.resumed,
+                due: last.due,
+                late: last.late,
             });
             return true;
         }
@@ -318,13 +377,24 @@ impl Surrogate {
         self.ends.retain(|Reverse((_, r))| *r != last.request);
         // All but the newest generated token was in the cache.
         let generated = (cached - u64::from(last.tokens)) as u32 + 1;
-        self.waiting.push_front(Waiting {
+        self.put_back(Waiting {
             request: last.request,
             tokens: last.tokens + generated,
             left: last.left - generated,
             resumed: true,
+            due: f64::INFINITY,
+            late: last.late,
         });
         true
+    }
+
+    fn put_back(&mut self, preempted: Waiting) {
+        let queue = if preempted.late {
+            &mut self.late
+        } else {
+            &mut self.waiting
+        };
+        queue.push_front(preempted);
     }
 
     pub fn advance(&mut self, ledger: &mut Ledger, tally: &mut Tally) -> u32 {
@@ -374,12 +444,13 @@ impl Surrogate {
     }
 
     pub fn gauges(&self) -> Gauges {
-        let waiting: u64 = self.waiting.iter().map(|w| u64::from(w.tokens)).sum();
+        let waiting = self.waiting.iter().chain(&self.late);
+        let waiting: u64 = waiting.map(|w| u64::from(w.tokens)).sum();
         let begun = self.prefilling.iter();
         let begun: u64 = begun.map(|s| u64::from(s.tokens - s.computed)).sum();
         Gauges {
             running: (self.decoding.len() + self.prefilling.len()) as u32,
-            waiting: self.waiting.len() as u32,
+            waiting: (self.waiting.len() + self.late.len()) as u32,
             kv_tokens: self.context + self.prefilled,
             waiting_prompt_tokens: waiting + begun,
             law: self.law,

@@ -148,7 +148,7 @@ fn the_surrogate_keeps_the_engines_time() {
             "cap {cap}, budget {budget}: {ttft} {itl} {slow} / {fast_ttft} {fast_itl} {fast_slow}"
         );
         assert!((fast_ttft / ttft - 1.0).abs() < 0.05, "{what}");
-        assert!((fast_itl / itl - 1.0).abs() < 0.02, "{what}");
+        assert!((fast_itl / itl - 1.0).abs() < 0.03, "{what}");
         assert!((fast_slow - slow).abs() < 0.05 * slow + 0.5, "{what}");
     }
 }
