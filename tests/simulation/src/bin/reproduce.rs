@@ -57,7 +57,12 @@ fn main() -> Result<()> {
         "engine" => Backend::Engine,
         _ => Backend::Lockstep,
     };
-    let setup = Setup::study().with_backend(backend);
+    // The study's replicas are vLLM's, and so are those that its oracle is searched on.
+    let study = Setup::study();
+    let setup = Setup {
+        device: study.device.clone().first_come(),
+        ..study.with_backend(backend)
+    };
     for (column, name) in COLUMNS.iter().enumerate() {
         if !args.only.is_empty() && !args.only.iter().any(|only| only == name) {
             continue;
