@@ -212,12 +212,16 @@ fn load_ahead(trace: &Trace, slots: usize) -> Vec<f64> {
         .collect()
 }
 
-/// Replicas that a constant fleet with these dials needs for load like that of the busier one of a
+/// Replicas that a constant fleet with these dials needs for load like that of the busiest part of a
 /// trace's first two minutes: what every policy starts with.
 pub fn first_fleet(setup: &Setup, trace: &Trace) -> u32 {
-    let minutes = [trace.between(0.0, 60.0), trace.between(60.0, 120.0)];
-    let busier = minutes.iter().max_by_key(|minute| minute.requests.len());
-    let Some(load) = busier.map(|minute| minute.repeated(5)) else {
+    let length = 120.0 / f64::from(setup.opening_parts.max(1));
+    let parts = (0..setup.opening_parts.max(1)).map(|part| {
+        let from = f64::from(part) * length;
+        trace.between(from, from + length)
+    });
+    let busiest = parts.max_by_key(|part| part.requests.len());
+    let Some(load) = busiest.map(|part| part.repeated(5)) else {
         return setup.min_replicas;
     };
     let fast = setup.with_backend(Backend::Surrogate);

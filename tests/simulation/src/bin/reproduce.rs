@@ -57,10 +57,12 @@ fn main() -> Result<()> {
         "engine" => Backend::Engine,
         _ => Backend::Lockstep,
     };
-    // The study's replicas are vLLM's, and so are those that its oracle is searched on.
+    // The study's replicas are vLLM's, those that its oracle is searched on, too; and its policies start
+    // with what the first two minutes need as a whole.
     let study = Setup::study();
     let setup = Setup {
         device: study.device.clone().first_come(),
+        opening_parts: 1,
         ..study.with_backend(backend)
     };
     for (column, name) in COLUMNS.iter().enumerate() {

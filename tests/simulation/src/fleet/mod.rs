@@ -68,6 +68,8 @@ pub struct Setup {
     pub max_replicas: u32,
     /// Ready at the beginning.
     pub replicas: u32,
+    /// Into so many parts the first two minutes are cut, of which the busiest says how many those are.
+    pub opening_parts: u32,
     /// Seconds in which the first fleet doesn't shrink: what autoscalers average over is empty then.
     pub settling: f64,
     pub dials: Dials,
@@ -92,6 +94,7 @@ impl Setup {
             min_replicas: 1,
             max_replicas: 40,
             replicas: 1,
+            opening_parts: 2,
             settling: 120.0,
             dials: Dials {
                 max_num_seqs: 32,
