@@ -136,8 +136,8 @@ impl<E: Executor> Engine<E> {
     ) -> Result<(), ExecutorError> {
         // Phases for whoever profiles: who is in the step, putting it on the device (named by what
         // it is), waiting for the one before it, and taking its tokens in.
-        let step_seconds = self.last_step.map_or(0.0, |step| step.seconds);
-        let batch = trace_span!("schedule").in_scope(|| self.scheduler.schedule(now, step_seconds));
+        let last = self.last_step.map_or(0.0, |step| step.seconds);
+        let batch = trace_span!("schedule").in_scope(|| self.scheduler.schedule(now, last));
         if let Some(batch) = batch {
             let phase = match batch.rows.iter().filter(|r| r.tokens.len() == 1).count() {
                 0 => trace_span!("prefill"),

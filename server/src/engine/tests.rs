@@ -58,6 +58,13 @@ async fn until(mut check: impl FnMut() -> bool) {
     }
 }
 
+async fn submit(
+    engine: &EngineHandle,
+    requests: Vec<NewRequest>,
+) -> Result<Generation, SubmitError> {
+    engine.submit(requests, Duration::ZERO).await
+}
+
 async fn collect(generation: &mut Generation) -> Vec<(usize, Update)> {
     let mut updates = Vec::new();
     while generation.next(&mut updates).await {}
@@ -67,8 +74,7 @@ async fn collect(generation: &mut Generation) -> Vec<(usize, Update)> {
 #[tokio::test]
 async fn tokens_of_requests_added_together_come_with_their_index() {
     let engine = simulated();
-    let mut generation = engine
-        .submit(vec![request(5, 3), request(700, 4)], Duration::ZERO)
+    let mut generation = submit(&engine, vec![request(5, 3), request(700, 4)])
         .await
         .unwrap();
     let updates = collect(&mut generation).await;
@@ -87,8 +93,7 @@ async fn tokens_of_requests_added_together_come_with_their_index() {
 #[tokio::test]
 async fn requests_are_added_all_or_none() {
     let engine = simulated();
-    let refused = engine
-        .submit(vec![request(5, 3), request(9000, 3)], Duration::ZERO)
+    let refused = submit(&engine, vec![request(5, 3), request(9000, 3)])
         .await
         .err();
     assert!(matches!(
@@ -98,10 +103,7 @@ async fn requests_are_added_all_or_none() {
             error: AddError::PromptTooLong { .. }
         })
     ));
-    let refused = engine
-        .submit(vec![request(5, 3); 4], Duration::ZERO)
-        .await
-        .err();
+    let refused = submit(&engine, vec![request(5, 3); 4]).await.err();
     assert!(matches!(refused, Some(SubmitError::QueueFull { .. })));
     until(|| {
         let stats = engine.snapshot().stats;
@@ -114,15 +116,12 @@ async fn requests_are_added_all_or_none() {
 #[tokio::test]
 async fn a_dropped_answer_frees_its_blocks() {
     let engine = simulated();
-    let generation = engine
-        .submit(vec![request(2000, 6000)], Duration::ZERO)
-        .await
-        .unwrap();
+    let generation = submit(&engine, vec![request(2000, 6000)]).await.unwrap();
     until(|| engine.snapshot().stats.kv_tokens > 0).await;
     drop(generation);
     until(|| engine.snapshot().stats.kv_blocks_used == 0).await;
     // A handler that is dropped before the engine has answered it leaves nothing either.
-    let submit = engine.submit(vec![request(2000, 6000)], Duration::ZERO);
+    let submit = submit(&engine, vec![request(2000, 6000)]);
     assert!(futures::poll!(std::pin::pin!(submit)).is_pending());
     until(|| {
         let stats = engine.snapshot().stats;
@@ -173,10 +172,7 @@ async fn a_failed_device_ends_every_answer_and_is_told() {
     for panics in [false, true] {
         let device = Failing { steps: 0, panics };
         let (engine, failure) = start(Box::new(device), RealClock::new());
-        let mut generation = engine
-            .submit(vec![request(5, 50)], Duration::ZERO)
-            .await
-            .unwrap();
+        let mut generation = submit(&engine, vec![request(5, 50)]).await.unwrap();
         let updates = collect(&mut generation).await;
         assert_eq!(updates.len(), 2, "two tokens, no end");
         let message = failure.recv().unwrap();
@@ -191,10 +187,7 @@ async fn a_failed_device_ends_every_answer_and_is_told() {
                 .is_err()
         })
         .await;
-        let refused = engine
-            .submit(vec![request(5, 5)], Duration::ZERO)
-            .await
-            .err();
+        let refused = submit(&engine, vec![request(5, 5)]).await.err();
         assert!(matches!(refused, Some(SubmitError::Gone)));
     }
 }

@@ -41,11 +41,12 @@ const QUEUE_MS: HeaderName = HeaderName::from_static("x-stoker-queue-ms");
 /// More than that is no request's wait: the header is something else's.
 const MOST_WAITED: Duration = Duration::from_secs(3600);
 
-/// When the request's connection was accepted.
+/// How a request came.
 #[derive(Clone, Copy, Debug)]
 pub struct Accepted {
+    /// When its connection was accepted.
     pub at: Instant,
-    /// How long the request had been on its way, in a router's queue.
+    /// How long a router had had it before.
     pub waited: Duration,
 }
 
@@ -53,13 +54,11 @@ impl<S: Sync> FromRequestParts<S> for Accepted {
     type Rejection = ApiError;
 
     async fn from_request_parts(parts: &mut Parts, _: &S) -> Result<Self, ApiError> {
-        let accepted: Option<&Self> = parts.extensions.get();
-        let accepted =
-            accepted.ok_or_else(|| ApiError::internal("the request has no connection"))?;
-        Ok(Self {
-            waited: waited(&parts.headers),
-            ..*accepted
-        })
+        parts
+            .extensions
+            .get()
+            .copied()
+            .ok_or_else(|| ApiError::internal("the request has no connection"))
     }
 }
 
@@ -107,16 +106,14 @@ impl Port {
 
     async fn serve_connection(self, stream: TcpStream) {
         tune(&stream);
-        let accepted = Accepted {
-            at: Instant::now(),
-            waited: Duration::ZERO,
-        };
+        let at = Instant::now();
         // Spread, so that connections opened together don't come back together.
         let expires = self
             .max_age
-            .map(|age| accepted.at + age.mul_f64(rand::random_range(0.9..1.1)));
+            .map(|age| at + age.mul_f64(rand::random_range(0.9..1.1)));
         let service = service_fn(|mut request: Request<Incoming>| {
-            request.extensions_mut().insert(accepted);
+            let waited = waited(request.headers());
+            request.extensions_mut().insert(Accepted { at, waited });
             let answer = self.router.clone().oneshot(request.map(Body::new));
             let lifecycle = &self.lifecycle;
             async move {

@@ -215,8 +215,9 @@ fn load_ahead(trace: &Trace, slots: usize) -> Vec<f64> {
 /// Replicas that a constant fleet with these dials needs for load like that of the busiest part of a
 /// trace's first two minutes: what every policy starts with.
 pub fn first_fleet(setup: &Setup, trace: &Trace) -> u32 {
-    let length = 120.0 / f64::from(setup.opening_parts.max(1));
-    let parts = (0..setup.opening_parts.max(1)).map(|part| {
+    let parts = setup.opening_parts.max(1);
+    let length = 120.0 / f64::from(parts);
+    let parts = (0..parts).map(|part| {
         let from = f64::from(part) * length;
         trace.between(from, from + length)
     });

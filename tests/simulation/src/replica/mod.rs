@@ -1,6 +1,7 @@
 //! A replica's engine in virtual time: the real one, or a surrogate that is some fifteen times faster.
 
 mod device;
+mod queue;
 mod real;
 mod surrogate;
 mod tally;

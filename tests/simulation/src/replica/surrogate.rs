@@ -12,41 +12,21 @@ use std::collections::{BinaryHeap, VecDeque};
 use stoker_autoscaler::Dials;
 use stoker_law::{Law, StepShape};
 
+use super::queue::{Queue, Work};
 use super::{Device, Gauges, Tally};
 use crate::flight::{Ledger, State};
 use crate::random::Random;
 
 /// Share of the KV cache that admitting a sequence leaves free.
 const HEADROOM: f64 = 0.01;
-/// One in so many seats goes to whoever was set back first.
-const LATE_TURN: u64 = 8;
 /// What a scrape says of a law that has been fitted for a while.
 const CONFIDENCE: f64 = 0.9;
-
-#[derive(Clone, Copy, Debug)]
-struct Waiting {
-    request: u32,
-    /// Tokens to compute: the prompt, and after a preemption what was generated.
-    tokens: u32,
-    /// Tokens to generate.
-    left: u32,
-    resumed: bool,
-    /// When the first token is to be out.
-    due: f64,
-    /// Whether it was set back since that can't be.
-    late: bool,
-}
 
 /// A sequence with a seat.
 #[derive(Clone, Copy, Debug)]
 struct Seated {
-    request: u32,
+    work: Work,
     computed: u32,
-    tokens: u32,
-    left: u32,
-    resumed: bool,
-    due: f64,
-    late: bool,
     /// Number of the step that samples its last token, once it decodes.
     ends: u64,
 }
@@ -71,10 +51,7 @@ pub struct Surrogate {
     ahead: bool,
     sets_back: bool,
     random: Random,
-    waiting: VecDeque<Waiting>,
-    /// Those that can't be in time any more; they wait until nobody else does, or for their turn.
-    late: VecDeque<Waiting>,
-    seats_given: u64,
+    waiting: Queue,
     /// In the order of admission; those that compute their prompt.
     prefilling: VecDeque<Seated>,
     /// In the order of admission.
@@ -106,12 +83,9 @@ impl Surrogate {
             capacity: profile.kv_capacity_tokens(),
             dials,
             ahead,
-            // The study's replicas are vLLM's.
-            sets_back: ahead && device.sets_back,
+            sets_back: device.sets_back,
             random: Random::new(seed),
-            waiting: VecDeque::new(),
-            late: VecDeque::new(),
-            seats_given: 0,
+            waiting: Queue::default(),
             prefilling: VecDeque::new(),
             decoding: Vec::new(),
             ends: BinaryHeap::new(),
@@ -134,11 +108,10 @@ impl Surrogate {
         if u64::from(flight.prompt) + u64::from(flight.output) > self.capacity {
             return false;
         }
-        self.waiting.push_back(Waiting {
+        self.waiting.push(Work {
             request,
             tokens: flight.prompt,
             left: flight.output,
-            resumed: false,
             due: if self.sets_back {
                 flight.due(&ledger.goals)
             } else {
@@ -153,15 +126,16 @@ impl Surrogate {
     }
 
     pub fn abort(&mut self, request: u32) {
-        for queue in [&mut self.waiting, &mut self.late] {
-            queue.retain(|w| w.request != request);
-        }
-        if let Some(place) = self.prefilling.iter().position(|s| s.request == request)
+        self.waiting.remove(request);
+        if let Some(place) = self
+            .prefilling
+            .iter()
+            .position(|s| s.work.request == request)
             && let Some(gone) = self.prefilling.remove(place)
         {
             self.prefilled -= u64::from(gone.computed);
         }
-        if let Some(place) = self.decoding.iter().position(|s| s.request == request) {
+        if let Some(place) = self.decoding.iter().position(|s| s.work.request == request) {
             let gone = self.decoding.remove(place);
             self.context = self.context.saturating_sub(self.length(&gone));
             self.ends.retain(|Reverse((_, r))| *r != request);
@@ -179,7 +153,8 @@ impl Surrogate {
     /// Cached tokens of a decoding sequence.
     fn length(&self, sequence: &Seated) -> u64 {
         let to_come = sequence.ends.saturating_sub(self.steps);
-        u64::from(sequence.tokens) + (u64::from(sequence.left).saturating_sub(to_come + 1))
+        u64::from(sequence.work.tokens)
+            + (u64::from(sequence.work.left).saturating_sub(to_come + 1))
     }
 
     fn start(&mut self, now: f64) {
@@ -211,8 +186,7 @@ impl Surrogate {
         }
         let decodes = self.decoding.len() as u32;
         let mut room = self.dials.max_num_batched_tokens.saturating_sub(decodes);
-        let waiting = self.waiting.len() + self.late.len();
-        if decodes == 0 && self.prefilling.is_empty() && waiting == 0 {
+        if decodes == 0 && self.prefilling.is_empty() && self.waiting.len() == 0 {
             return None;
         }
         self.set_back_late(now, room);
@@ -247,7 +221,7 @@ impl Surrogate {
             let Some(sequence) = self.prefilling.get_mut(place) else {
                 break;
             };
-            let chunk = (sequence.tokens - sequence.computed).min(room);
+            let chunk = (sequence.work.tokens - sequence.computed).min(room);
             sequence.computed += chunk;
             room -= chunk;
             self.prefilled += u64::from(chunk);
@@ -261,30 +235,34 @@ impl Surrogate {
             let lasts = &step.lasts;
             let mut gone = 0;
             self.decoding.retain(|s| {
-                let ends = s.ends <= self.steps && lasts.contains(&s.request);
+                let ends = s.ends <= self.steps && lasts.contains(&s.work.request);
                 if ends {
-                    gone += u64::from(s.tokens) + u64::from(s.left) - 1;
+                    gone += u64::from(s.work.tokens) + u64::from(s.work.left) - 1;
                 }
                 !ends
             });
             self.context = self.context.saturating_sub(gone);
         }
         // Complete prompts decode from the next step on.
-        while let Some(sequence) = self.prefilling.front().copied() {
-            if sequence.computed < sequence.tokens {
+        while let Some(Seated { work, computed, .. }) = self.prefilling.front().copied() {
+            if computed < work.tokens {
                 break;
             }
             self.prefilling.pop_front();
-            self.prefilled -= u64::from(sequence.tokens);
-            step.firsts.push(sequence.request);
-            if sequence.left <= 1 {
-                step.lasts.push(sequence.request);
+            self.prefilled -= u64::from(work.tokens);
+            step.firsts.push(work.request);
+            if work.left <= 1 {
+                step.lasts.push(work.request);
                 continue;
             }
-            let ends = self.steps + u64::from(sequence.left) - 1;
-            self.context += u64::from(sequence.tokens);
-            self.ends.push(Reverse((ends, sequence.request)));
-            self.decoding.push(Seated { ends, ..sequence });
+            let ends = self.steps + u64::from(work.left) - 1;
+            self.context += u64::from(work.tokens);
+            self.ends.push(Reverse((ends, work.request)));
+            self.decoding.push(Seated {
+                work,
+                computed,
+                ends,
+            });
         }
         step.shape = shape;
         if shape.sequences == 0 {
@@ -298,20 +276,12 @@ impl Surrogate {
     /// As the engine does it: see its `Request::first_token_due`.
     fn set_back_late(&mut self, now: f64, room: u32) {
         let begun = self.prefilling.iter();
-        let ahead: u32 = begun.map(|s| s.tokens - s.computed).sum();
+        let ahead: u32 = begun.map(|s| s.work.tokens - s.computed).sum();
         let step_seconds = self.last_step.map_or(0.0, |(_, seconds)| seconds);
-        while let Some(first) = self.waiting.front() {
-            let steps = 1 + (ahead + first.tokens).div_ceil(room.max(1));
-            if now + f64::from(steps) * step_seconds <= first.due {
-                return;
-            }
-            let late = Waiting {
-                late: true,
-                ..*first
-            };
-            self.late.push_back(late);
-            self.waiting.pop_front();
-        }
+        self.waiting.set_back(|work| {
+            let steps = 1 + (ahead + work.tokens).div_ceil(room.max(1));
+            now + f64::from(steps) * step_seconds
+        });
     }
 
     fn admit(&mut self) -> bool {
@@ -319,10 +289,7 @@ impl Surrogate {
         if seats >= self.dials.max_num_seqs as usize {
             return false;
         }
-        let turn = self.seats_given % LATE_TURN == LATE_TURN - 1;
-        let late = !self.late.is_empty() && (turn || self.waiting.is_empty());
-        let queue = if late { &self.late } else { &self.waiting };
-        let Some(first) = queue.front().copied() else {
+        let Some(first) = self.waiting.first() else {
             return false;
         };
         let headroom = if seats == 0 {
@@ -330,25 +297,17 @@ impl Surrogate {
         } else {
             (self.capacity as f64 * HEADROOM) as u64
         };
-        let begun: u64 = self.prefilling.iter().map(|s| u64::from(s.tokens)).sum();
+        let begun = self.prefilling.iter();
+        let begun: u64 = begun.map(|s| u64::from(s.work.tokens)).sum();
         if self.context + begun + u64::from(first.tokens) + headroom > self.capacity {
             return false;
         }
-        let queue = if late {
-            &mut self.late
-        } else {
-            &mut self.waiting
+        let Some(work) = self.waiting.pop() else {
+            return false;
         };
-        queue.pop_front();
-        self.seats_given += 1;
         self.prefilling.push_back(Seated {
-            request: first.request,
+            work,
             computed: 0,
-            tokens: first.tokens,
-            left: first.left,
-            resumed: first.resumed,
-            due: first.due,
-            late: first.late,
             ends: u64::MAX,
         });
         true
@@ -359,14 +318,7 @@ impl Surrogate {
         self.preemptions += 1;
         if let Some(last) = self.prefilling.pop_back() {
             self.prefilled -= u64::from(last.computed);
-            self.put_back(Waiting {
-                request: last.request,
-                tokens: last.tokens,
-                left: last.left,
-                resumed: last.resumed,
-                due: last.due,
-                late: last.late,
-            });
+            self.waiting.put_back(last.work);
             return true;
         }
         let Some(last) = self.decoding.pop() else {
@@ -374,27 +326,18 @@ impl Surrogate {
         };
         let cached = self.length(&last);
         self.context = self.context.saturating_sub(cached);
-        self.ends.retain(|Reverse((_, r))| *r != last.request);
+        let work = last.work;
+        self.ends.retain(|Reverse((_, r))| *r != work.request);
         // All but the newest generated token was in the cache.
-        let generated = (cached - u64::from(last.tokens)) as u32 + 1;
-        self.put_back(Waiting {
-            request: last.request,
-            tokens: last.tokens + generated,
-            left: last.left - generated,
-            resumed: true,
+        let generated = (cached - u64::from(work.tokens)) as u32 + 1;
+        self.waiting.put_back(Work {
+            tokens: work.tokens + generated,
+            left: work.left - generated,
+            // Its first token is long out.
             due: f64::INFINITY,
-            late: last.late,
+            ..work
         });
         true
-    }
-
-    fn put_back(&mut self, preempted: Waiting) {
-        let queue = if preempted.late {
-            &mut self.late
-        } else {
-            &mut self.waiting
-        };
-        queue.push_front(preempted);
     }
 
     pub fn advance(&mut self, ledger: &mut Ledger, tally: &mut Tally) -> u32 {
@@ -444,15 +387,13 @@ impl Surrogate {
     }
 
     pub fn gauges(&self) -> Gauges {
-        let waiting = self.waiting.iter().chain(&self.late);
-        let waiting: u64 = waiting.map(|w| u64::from(w.tokens)).sum();
         let begun = self.prefilling.iter();
-        let begun: u64 = begun.map(|s| u64::from(s.tokens - s.computed)).sum();
+        let begun: u64 = begun.map(|s| u64::from(s.work.tokens - s.computed)).sum();
         Gauges {
             running: (self.decoding.len() + self.prefilling.len()) as u32,
-            waiting: (self.waiting.len() + self.late.len()) as u32,
+            waiting: self.waiting.len() as u32,
             kv_tokens: self.context + self.prefilled,
-            waiting_prompt_tokens: waiting + begun,
+            waiting_prompt_tokens: self.waiting.tokens() + begun,
             law: self.law,
             law_confidence: CONFIDENCE,
             last_step: self.last_step,
