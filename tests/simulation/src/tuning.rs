@@ -39,17 +39,22 @@ impl Setting {
 
 /// Each peer at each of its grid's parameters, with these caps and budgets.
 pub fn grid(peers: &[Peer], caps: &[u32], budgets: &[u32]) -> Vec<Setting> {
+    let each = peers.iter();
+    each.flat_map(|&peer| settings(peer, peer.grid(), caps, budgets))
+        .collect()
+}
+
+/// A peer at each of these parameters, with these caps and budgets.
+pub fn settings(peer: Peer, parameters: &[f64], caps: &[u32], budgets: &[u32]) -> Vec<Setting> {
     let mut settings = Vec::new();
-    for &peer in peers {
-        for &max_num_seqs in caps {
-            for &max_num_batched_tokens in budgets {
-                settings.extend(peer.grid().iter().map(|&parameter| Setting {
-                    peer,
-                    parameter,
-                    max_num_seqs,
-                    max_num_batched_tokens,
-                }));
-            }
+    for &max_num_seqs in caps {
+        for &max_num_batched_tokens in budgets {
+            settings.extend(parameters.iter().map(|&parameter| Setting {
+                peer,
+                parameter,
+                max_num_seqs,
+                max_num_batched_tokens,
+            }));
         }
     }
     settings

@@ -1,6 +1,6 @@
 //! AIBrix's APA: every 10 s, where the mean share of KV cache in use is outside of 10 % around the
-//! target, the replicas that bring it there, at most twice or half as many; down only 300 s after
-//! the last change.
+//! target, the replicas that bring it there, at most twice or half as many; down to the most of what
+//! was wanted in 300 s.
 
 use stoker_autoscaler::Dials;
 
@@ -9,7 +9,6 @@ use super::{action, ceil};
 use crate::fleet::{Action, Policy, View};
 
 const PERIOD: f64 = 10.0;
-const AVERAGED: f64 = 60.0;
 const TOLERANCE: f64 = 0.1;
 const MOST: f64 = 2.0;
 const DOWN_COOLDOWN: f64 = 300.0;
@@ -17,8 +16,7 @@ const DOWN_COOLDOWN: f64 = 300.0;
 pub(super) struct Apa {
     target: f64,
     dials: Dials,
-    used: Window,
-    changed: f64,
+    wanted: Window,
 }
 
 impl Apa {
@@ -26,8 +24,7 @@ impl Apa {
         Apa {
             target,
             dials,
-            used: Window::new(AVERAGED),
-            changed: f64::NEG_INFINITY,
+            wanted: Window::new(DOWN_COOLDOWN),
         }
     }
 }
@@ -39,19 +36,22 @@ impl Policy for Apa {
 
     fn decide(&mut self, view: &View) -> Action {
         let used: f64 = view.ready().map(|(_, gauge)| gauge.kv_use()).sum();
-        self.used.push(view.now, used);
-        let current = view.desired.max(1);
-        let n = f64::from(current);
-        let ratio = self.used.mean() / n / self.target;
-        let mut replicas = current;
-        if ratio > 1.0 + TOLERANCE {
-            replicas = ceil(n * ratio).min((n * MOST) as u32);
-        } else if ratio < 1.0 - TOLERANCE && view.now - self.changed >= DOWN_COOLDOWN {
-            replicas = ceil(n * ratio).max(ceil(n / MOST));
+        let ready = view.ready_count().max(1);
+        let n = f64::from(ready);
+        let ratio = used / n / self.target;
+        let wanted = if (ratio - 1.0).abs() <= TOLERANCE {
+            ready
+        } else {
+            ceil(n * ratio).clamp(ceil(n / MOST), (n * MOST) as u32)
+        };
+        if self.wanted.is_empty() {
+            // It begins with what it finds.
+            self.wanted.push(view.now, n);
         }
-        if replicas != current {
-            self.changed = view.now;
-        }
-        action(replicas, self.dials)
+        self.wanted.push(view.now, f64::from(wanted));
+        action(
+            wanted.max((self.wanted.max() as u32).min(view.desired)),
+            self.dials,
+        )
     }
 }

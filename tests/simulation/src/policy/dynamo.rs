@@ -1,8 +1,9 @@
 //! NVIDIA Dynamo's planner, its loop on load: every 5 s it fits the time of an iteration to the
 //! prompt and KV tokens in it; one more replica when every engine is predicted to exceed the
-//! objectives, one less when the rest would stay within 80 % of them.
+//! objectives, one less when the rest would stay within 80 % of them. Gaps between tokens are
+//! predicted with the prompt tokens that the fleet's iterations have had of late.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, VecDeque};
 
 use stoker_autoscaler::Dials;
 
@@ -16,12 +17,54 @@ const KEPT: usize = 64;
 /// Observations are spread over so many buckets of KV tokens.
 const BUCKETS: usize = 16;
 const DOWN: f64 = 0.8;
+/// Looks over which the fleet's prompt tokens an iteration are averaged.
+const LOOKS: usize = 12;
 
+/// Of the iterations between two looks, the mean one.
 #[derive(Clone, Copy, Debug)]
 struct Iteration {
     prompt: f64,
     kv: f64,
     seconds: f64,
+}
+
+/// Sums over a replica's iterations so far, or over some.
+#[derive(Clone, Copy, Debug, Default)]
+struct Iterations {
+    count: f64,
+    prompt: f64,
+    kv: f64,
+    seconds: f64,
+}
+
+impl Iterations {
+    fn of(gauge: &Gauge) -> Self {
+        let (decodes, prefills) = (gauge.tally.decodes, gauge.tally.prefills);
+        Iterations {
+            count: decodes.n + prefills.n,
+            prompt: decodes.p + prefills.p,
+            kv: decodes.k + prefills.k,
+            seconds: decodes.y + prefills.y,
+        }
+    }
+
+    fn since(&self, before: &Self) -> Self {
+        Iterations {
+            count: self.count - before.count,
+            prompt: self.prompt - before.prompt,
+            kv: self.kv - before.kv,
+            seconds: self.seconds - before.seconds,
+        }
+    }
+
+    /// `None` where there were none.
+    fn mean(&self) -> Option<Iteration> {
+        (self.count >= 1.0).then(|| Iteration {
+            prompt: self.prompt / self.count,
+            kv: self.kv / self.count,
+            seconds: self.seconds / self.count,
+        })
+    }
 }
 
 /// seconds = base + per_prompt * prompt + per_kv * kv
@@ -43,6 +86,10 @@ pub(super) struct Dynamo {
     itl: f64,
     dials: Dials,
     seen: [VecDeque<Iteration>; BUCKETS],
+    /// By replica, as of the last look.
+    last: BTreeMap<u32, Iterations>,
+    /// Iterations and prompt tokens in them between looks, of the whole fleet.
+    recent: VecDeque<(f64, f64)>,
 }
 
 impl Dynamo {
@@ -54,25 +101,40 @@ impl Dynamo {
             itl: share * goals.itl,
             dials,
             seen: Default::default(),
+            last: BTreeMap::new(),
+            recent: VecDeque::new(),
         }
     }
 
-    fn learn(&mut self, gauge: &Gauge) {
-        // Iterations are told when they happen: an idle engine tells none.
-        let Some((shape, seconds)) = gauge.last_step.filter(|_| gauge.outstanding() > 0) else {
-            return;
-        };
-        let place = (BUCKETS as f64 * gauge.kv_use()) as usize;
-        if let Some(bucket) = self.seen.get_mut(place.min(BUCKETS - 1)) {
-            bucket.push_back(Iteration {
-                prompt: f64::from(shape.tokens.saturating_sub(shape.sequences)),
-                kv: shape.kv_tokens as f64,
-                seconds,
-            });
-            if bucket.len() > KEPT / BUCKETS {
-                bucket.pop_front();
+    fn learn(&mut self, view: &View) {
+        let mut fleet = (0.0, 0.0);
+        for (replica, gauge) in view.ready() {
+            let now = Iterations::of(gauge);
+            let before = self.last.insert(replica.id, now).unwrap_or_default();
+            let new = now.since(&before);
+            fleet.0 += new.count;
+            fleet.1 += new.prompt;
+            let place = (BUCKETS as f64 * gauge.kv_use()) as usize;
+            if let Some(mean) = new.mean()
+                && let Some(bucket) = self.seen.get_mut(place.min(BUCKETS - 1))
+            {
+                bucket.push_back(mean);
+                if bucket.len() > KEPT / BUCKETS {
+                    bucket.pop_front();
+                }
             }
         }
+        self.recent.push_back(fleet);
+        if self.recent.len() > LOOKS {
+            self.recent.pop_front();
+        }
+    }
+
+    /// Prompt tokens in an iteration of late.
+    fn prompt_tokens(&self) -> f64 {
+        let count: f64 = self.recent.iter().map(|(count, _)| count).sum();
+        let prompt: f64 = self.recent.iter().map(|(_, prompt)| prompt).sum();
+        prompt / count.max(1.0)
     }
 
     /// Least squares; `None` with too few observations or a slope below zero.
@@ -119,8 +181,7 @@ impl Dynamo {
         let budget = f64::from(self.dials.max_num_batched_tokens);
         let iterations = (queued / budget).ceil().max(1.0);
         let ttft = iterations * line.seconds(queued / iterations, kv);
-        let in_step = (gauge.waiting_prompt_tokens as f64 * factor).min(budget);
-        (ttft, line.seconds(in_step, kv))
+        (ttft, line.seconds(self.prompt_tokens() * factor, kv))
     }
 }
 
@@ -131,10 +192,8 @@ impl Policy for Dynamo {
 
     fn decide(&mut self, view: &View) -> Action {
         let keep = action(view.desired, self.dials);
+        self.learn(view);
         let gauges: Vec<Gauge> = view.ready().map(|(_, gauge)| *gauge).collect();
-        for gauge in &gauges {
-            self.learn(gauge);
-        }
         let n = gauges.len() as f64;
         // Nothing while pods come or go.
         if gauges.is_empty() || gauges.len() as u32 != view.desired {

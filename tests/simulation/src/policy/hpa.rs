@@ -24,14 +24,14 @@ pub(super) struct Hpa {
     metric: Metric,
     target: f64,
     dials: Dials,
-    /// Seconds between two steps of a single replica; `None` for HPA's own pace.
-    pace: Option<f64>,
+    /// Seconds between two steps of a single replica, up and down; `None` for HPA's own pace.
+    pace: Option<(f64, f64)>,
     stepped: f64,
     wanted: Window,
 }
 
 impl Hpa {
-    fn new(metric: Metric, target: f64, dials: Dials, pace: Option<f64>) -> Self {
+    fn new(metric: Metric, target: f64, dials: Dials, pace: Option<(f64, f64)>) -> Self {
         Hpa {
             metric,
             target,
@@ -50,9 +50,10 @@ impl Hpa {
         Self::new(Metric::Inflight, target, dials, None)
     }
 
-    /// vLLM production-stack's ScaledObject: running requests, one replica a minute either way.
+    /// vLLM production-stack's ScaledObject: running requests, one replica a minute either way. A
+    /// minute is over at the look after it, going down.
     pub fn production_stack(target: f64, dials: Dials) -> Self {
-        Self::new(Metric::Running, target, dials, Some(60.0))
+        Self::new(Metric::Running, target, dials, Some((60.0, 75.0)))
     }
 }
 
@@ -86,7 +87,10 @@ impl Policy for Hpa {
             Some(_) => replicas.clamp(current - 1, current + 1),
         };
         if replicas != current {
-            if (self.pace).is_some_and(|pace| view.now - self.stepped < pace) {
+            let pace = self
+                .pace
+                .map_or(0.0, |(up, down)| if replicas < current { down } else { up });
+            if view.now - self.stepped < pace {
                 return action(view.desired, self.dials);
             }
             self.stepped = view.now;

@@ -36,7 +36,7 @@ pub enum Peer {
     /// Requests a replica, averaged over ten minutes.
     KubeAi,
     /// llm-d's Workload Variant Autoscaler, first analyser: spare KV cache and queue. The parameter
-    /// is the queue's threshold plus the KV cache's (5.8: 5 requests, 0.8).
+    /// is the queue's threshold plus the share of KV cache to spare (5.1: 5 requests, 0.1).
     WvaV1,
     /// Its second analyser: tokens in use. The parameter is the share of supply to use.
     WvaV2,
@@ -92,7 +92,7 @@ impl Peer {
             // HPA's usual 80 % of what a replica takes.
             Peer::HpaInflight => 0.8 * f64::from(cap),
             Peer::KubeAi => 100.0,
-            Peer::WvaV1 => 5.8,
+            Peer::WvaV1 => 5.1,
             Peer::WvaV2 => 0.85,
             Peer::AibrixApa => 0.5,
             Peer::Dynamo => 1.0,

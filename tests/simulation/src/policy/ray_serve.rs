@@ -12,6 +12,8 @@ const PERIOD: f64 = 5.0;
 const LOOK_BACK: f64 = 30.0;
 const UPSCALE_DELAY: f64 = 30.0;
 const DOWNSCALE_DELAY: f64 = 600.0;
+/// `max_ongoing_requests`, what a replica takes at once at most; with a higher target as much more.
+const MAX_ONGOING: u32 = 5;
 
 pub(super) struct RayServe {
     target: f64,
@@ -23,9 +25,13 @@ pub(super) struct RayServe {
 
 impl RayServe {
     pub fn new(target: f64, dials: Dials) -> Self {
+        let most = MAX_ONGOING.max(ceil(2.5 * target));
         RayServe {
             target,
-            dials,
+            dials: Dials {
+                max_num_seqs: dials.max_num_seqs.min(most),
+                ..dials
+            },
             ongoing: Window::new(LOOK_BACK),
             since: None,
         }

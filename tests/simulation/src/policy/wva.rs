@@ -8,26 +8,35 @@ use super::{action, ceil};
 use crate::fleet::{Action, Policy, View};
 
 const PERIOD: f64 = 15.0;
-/// Spare share of KV cache and spare places in the queue below which one more is ordered.
-const SPARE_KV: f64 = 0.10;
+/// Share of KV cache in use that saturates a replica.
+const SATURATED_KV: f64 = 0.80;
+/// Places in the queue to spare below which one more is ordered.
 const SPARE_QUEUE: f64 = 3.0;
 
-/// First analyser: one more where the replicas that aren't saturated have too little to spare, one
-/// less where the rest would have enough. Nothing while pods come or go.
+/// First analyser: one more where replicas have too little to spare on average, one less where the
+/// rest would have enough. Nothing while pods come.
 pub(super) struct V1 {
     queue: f64,
-    kv: f64,
+    spare_kv: f64,
     dials: Dials,
 }
 
 impl V1 {
-    /// `parameter`: the queue's threshold, whole, and the KV cache's, after the point.
+    /// `parameter`: the queue's length that saturates a replica, whole, and the share of KV cache to
+    /// spare, after the point.
     pub fn new(parameter: f64, dials: Dials) -> Self {
         V1 {
             queue: parameter.floor(),
-            kv: parameter.fract(),
+            spare_kv: parameter.fract(),
             dials,
         }
+    }
+
+    /// Whether so much is to spare where a replica has this KV cache in use, and this queue.
+    fn spares(&self, kv: f64, queue: f64) -> bool {
+        // The queue's threshold may be below what is to be spared of it.
+        let spare_queue = SPARE_QUEUE.min(0.6 * self.queue);
+        SATURATED_KV - kv >= self.spare_kv && self.queue - queue >= spare_queue
     }
 }
 
@@ -37,34 +46,21 @@ impl Policy for V1 {
     }
 
     fn decide(&mut self, view: &View) -> Action {
-        let keep = action(view.desired, self.dials);
-        let ready = view.ready_count();
-        if ready != view.desired || view.replicas.len() as u32 != ready {
-            return keep;
+        let n = f64::from(view.ready_count());
+        if view.starting() || n == 0.0 {
+            return action(view.desired, self.dials);
         }
-        let (mut kv, mut queue, mut sane) = (0.0, 0.0, 0.0);
-        for (_, gauge) in view.ready() {
-            let waiting = f64::from(gauge.waiting);
-            if gauge.kv_use() < self.kv && waiting < self.queue {
-                kv += gauge.kv_use();
-                queue += waiting;
-                sane += 1.0;
-            }
-        }
-        // The queue's threshold may be below what is to be spared of it.
-        let spare_queue = SPARE_QUEUE.min(0.6 * self.queue);
-        if sane == 0.0 || self.kv - kv / sane < SPARE_KV || self.queue - queue / sane < spare_queue
-        {
-            return action(view.desired + 1, self.dials);
-        }
-        // What the unsaturated ones do, done by one less of them.
-        let share = sane / (sane - 1.0).max(1.0);
-        let left_kv = self.kv - kv / sane * share;
-        let left_queue = self.queue - queue / sane * share;
-        if sane > 1.0 && left_kv >= SPARE_KV && left_queue >= spare_queue {
-            return action(view.desired - 1, self.dials);
-        }
-        keep
+        let kv: f64 = view.ready().map(|(_, gauge)| gauge.kv_use()).sum();
+        let queue: u32 = view.ready().map(|(_, gauge)| gauge.waiting).sum();
+        let queue = f64::from(queue);
+        let replicas = if !self.spares(kv / n, queue / n) {
+            view.desired + 1
+        } else if n > 1.0 && self.spares(kv / (n - 1.0), queue / (n - 1.0)) {
+            view.desired - 1
+        } else {
+            view.desired
+        };
+        action(replicas, self.dials)
     }
 }
 
@@ -76,7 +72,8 @@ const REMEMBERED: usize = 10;
 /// Scale-down leaves this much more room than scale-up asks for.
 const DOWN: f64 = 0.70 / 0.85;
 
-/// Second analyser: tokens in use and asked for against the tokens that replicas hold.
+/// Second analyser: tokens in use and asked for against the tokens that replicas hold. Nothing while
+/// pods come.
 pub(super) struct V2 {
     up: f64,
     dials: Dials,
@@ -117,7 +114,7 @@ impl Policy for V2 {
         while self.saturated.len() > REMEMBERED {
             self.saturated.pop_front();
         }
-        if received < 1.0 || finished < 1.0 || kv == 0.0 {
+        if view.starting() || received < 1.0 || finished < 1.0 || kv == 0.0 {
             return action(view.desired, self.dials);
         }
         let (input, output) = (prompts / received, generated / finished);
@@ -129,7 +126,7 @@ impl Policy for V2 {
         };
         let one = computed.min(USABLE_KV * kv).max(1.0);
         let supply = one * f64::from(view.desired);
-        let demand = used + waiting * input;
+        let demand = used + waiting * (input + output);
         let required = demand / self.up - supply;
         let spare = supply - demand / (self.up * DOWN);
         let replicas = if required > 0.0 {

@@ -54,7 +54,7 @@ pub enum Shape {
     Steady,
     /// A base rate, then at once five times as much, then the base again.
     Step,
-    /// A base rate with 60 s of six times as much.
+    /// A base rate with 60 s of six times as much, after a third and after two thirds of the hour.
     Spike,
     /// From a fifth of the peak to the peak at a constant pace.
     Ramp,
@@ -62,7 +62,7 @@ pub enum Shape {
     Diurnal,
     /// Slow rises that end at once; five of them.
     Sawtooth,
-    /// Six minutes of load, ten minutes of nothing; four times.
+    /// Five minutes of load, ten minutes of nothing; four times.
     OnOff,
     /// Waves of eight minutes, between a fifth of the peak and the peak.
     Swing,
@@ -105,7 +105,6 @@ impl Shape {
     pub fn duration(self) -> f64 {
         match self {
             Shape::Diurnal | Shape::Sawtooth => 4500.0,
-            Shape::OnOff => 3840.0,
             _ => 3600.0,
         }
     }
@@ -117,22 +116,21 @@ impl Shape {
             Shape::Steady | Shape::MixShift => 0.7,
             Shape::Step if (1200.0..2700.0).contains(&t) => 1.0,
             Shape::Step => 0.2,
-            Shape::Spike if (1800.0..1860.0).contains(&t) => 1.0,
+            Shape::Spike if t >= 1200.0 && t % 1200.0 < 60.0 => 1.0,
             Shape::Spike => 1.0 / 6.0,
             Shape::Ramp => 0.2 + 0.8 * t / duration,
             Shape::Diurnal => 0.57 - 0.43 * (std::f64::consts::TAU * t / duration).cos(),
             Shape::Swing => 0.6 - 0.4 * (std::f64::consts::TAU * t / 480.0).cos(),
             Shape::Sawtooth => 0.2 + 0.8 * (t % 900.0) / 900.0,
-            Shape::OnOff if (t % 960.0) < 360.0 => 1.0,
+            Shape::OnOff if (t % 900.0) < 300.0 => 1.0,
             Shape::OnOff => 0.0,
         }
     }
 
-    /// When load jumps, where it does so once.
+    /// When load jumps for the first time out of what is there.
     pub fn jump(self) -> Option<f64> {
         match self {
-            Shape::Step => Some(1200.0),
-            Shape::Spike => Some(1800.0),
+            Shape::Step | Shape::Spike => Some(1200.0),
             _ => None,
         }
     }
@@ -169,11 +167,13 @@ impl Shape {
         }
     }
 
-    /// The peak rate at which a T4 fleet is of the size of the reference study.
+    /// The peak rate, in requests of the recorded trace's mix a second, at which the reference study's
+    /// peers do as its tables A to C say: it doesn't tell how its traces were made.
     pub fn study_peak(self) -> f64 {
         match self {
-            Shape::Spike => 10.0,
-            Shape::OnOff => 5.0,
+            Shape::Step => 7.2,
+            Shape::Spike => 12.8,
+            Shape::OnOff => 6.2,
             Shape::Diurnal => 7.6,
             Shape::Sawtooth => 7.8,
             _ => 6.8,
@@ -222,7 +222,7 @@ mod tests {
         let ratio = mean(&step[20..45]) / mean(&step[..20]);
         assert!((ratio / 5.0 - 1.0).abs() < 0.1, "{ratio}");
         let spike = per_minute(&Shape::Spike.generate(60.0, &mix, 3));
-        let ratio = spike[30] / mean(&spike[..30]);
+        let ratio = spike[20] / mean(&spike[..20]);
         assert!((ratio / 6.0 - 1.0).abs() < 0.1, "{ratio}");
         assert!(Shape::OnOff.generate(5.0, &mix, 3).longest_pause() >= 600.0);
     }
