@@ -112,7 +112,10 @@ impl Search<'_> {
 /// Searches with so many runs of the surrogate. `None` where not even the largest fleet is good
 /// enough.
 pub fn search(setup: &Setup, trace: &Trace, runs: u32) -> Option<Oracle> {
-    let fast = setup.with_backend(Backend::Surrogate);
+    let fast = match setup.backend {
+        Backend::Engine => setup.with_backend(Backend::Surrogate),
+        Backend::Surrogate | Backend::Lockstep => setup.clone(),
+    };
     let slots = ((trace.duration + TAIL) / SLOT).ceil() as usize;
     let mut search = Search {
         setup: fast,
