@@ -24,6 +24,8 @@ const SURE: f64 = 14.0;
 const BREAK: f64 = 3.0;
 /// The same for the newest bucket alone, upwards.
 const JUMP: f64 = 4.0;
+/// Chi squared by which a step must be the better explanation.
+const STEP: f64 = 12.0;
 /// Seconds within which errors of forecasts count half.
 const ERROR_HALF_LIFE: f64 = 900.0;
 /// Relative standard error of a forecast before any was checked.
@@ -255,7 +257,7 @@ impl History {
                 let expected = (trend.level - trend.slope * age).max(0.0) * watched;
                 (n - expected).abs() <= BREAK * expected.max(1.0).sqrt()
             });
-            if !fits {
+            if !fits || self.is_a_step(seconds, trend) {
                 break;
             }
             best = trend;
@@ -274,6 +276,29 @@ impl History {
             Some(jump) if jump.level > best.level => jump,
             _ => best,
         })
+    }
+
+    /// Whether two levels, one after the other, explain the `seconds` before the end better than this line
+    /// by more than what chance makes of it (chi squared, of counts).
+    fn is_a_step(&self, seconds: f64, line: Trend) -> bool {
+        let off = |n: f64, expected: f64| (n - expected).powi(2) / expected.max(1.0);
+        let buckets: Vec<_> = self.within(seconds).collect();
+        let by_line: f64 = (buckets.iter())
+            .map(|&(age, n, watched)| off(n, (line.level - line.slope * age).max(0.0) * watched))
+            .sum();
+        let by_level = |part: &[(f64, f64, f64)]| {
+            let (n, watched) = part
+                .iter()
+                .fold((0.0, 0.0), |sum, &(_, n, w)| (sum.0 + n, sum.1 + w));
+            let level = n / f64::max(watched, 1e-9);
+            let offs = part.iter().map(|&(_, n, w)| off(n, level * w));
+            offs.sum::<f64>()
+        };
+        let steps = (1..buckets.len()).map(|place| {
+            let (after, before) = buckets.split_at(place);
+            by_level(after) + by_level(before)
+        });
+        by_line - steps.fold(f64::INFINITY, f64::min) > STEP
     }
 
     fn line(&self, seconds: f64) -> Option<Trend> {

@@ -16,6 +16,8 @@ const SPARE: f64 = 20.0;
 const JUMP: f64 = 2.0;
 /// Without a law, the share of the cap that may be in use.
 const PLANNED_CAP: f64 = 0.7;
+/// Share of the misses allowed that replicas ordered for what comes back may be expected to have.
+const PATTERN_MISSES: f64 = 0.8;
 /// Share of the misses allowed that the replicas left after a scale-down may be expected to have.
 const KEPT_MISSES: f64 = 0.6;
 /// Seconds that load must have been watched to be known to within what chance does to it, and the
@@ -86,7 +88,9 @@ pub(crate) fn need(scene: &Scene, demand: &Demand, tuned: &Tuned, memory: &mut M
     let share = memory.misses.left(fleet.model.allowed());
     let quiet = if demand.idle { 0.0 } else { 1.0 };
     let (ahead, again) = (quiet * ahead, again.max(0.0));
-    let up = needs((ahead - doubt).max(again), share, hint);
+    let up = needs(ahead - doubt, share, hint);
+    // What was ordered for a pattern can't be mended in time.
+    let up = up.max(needs(again, share * PATTERN_MISSES, hint));
     let down = needs(ahead, share * KEPT_MISSES, up).max(up);
     let rise = if recurs {
         memory.recurrence.rise(memory.starts.slowest())
