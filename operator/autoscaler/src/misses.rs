@@ -21,8 +21,10 @@ const DERATED_BY: f64 = 1.1;
 const MOST_DERATED: f64 = 4.0;
 /// Misses that tell a share of misses to within a third.
 const TELLING: f64 = 10.0;
-/// More than the misses allowed are expected at a time where fewer have been, at most so many times.
-const MOST_LEFT: f64 = 1.3;
+/// More than the misses allowed are expected at a time where fewer have been, at most so many times,
+/// and by how much for each share of them that is left: replicas are whole, and answer to little else.
+const MOST_LEFT: f64 = 1.5;
+const FOR_LEFT: f64 = 4.0;
 
 /// Misses measured against misses predicted.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -47,9 +49,11 @@ impl Misses {
     /// How many times the misses allowed may be expected now, for what hasn't been spent of late.
     pub fn left(&self, allowed: f64) -> f64 {
         let (ended, missed) = self.long;
-        let spent = (missed + missed.max(0.0).sqrt() + TELLING) / (allowed * ended + TELLING);
+        // With what chance may add to them, twice its standard deviation.
+        let missed = missed + 2.0 * missed.max(0.0).sqrt();
+        let spent = (missed + TELLING) / (allowed * ended + TELLING);
         if spent.is_finite() {
-            (2.0 - spent).clamp(1.0, MOST_LEFT)
+            (1.0 + FOR_LEFT * (1.0 - spent)).clamp(1.0, MOST_LEFT)
         } else {
             1.0
         }
