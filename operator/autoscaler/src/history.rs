@@ -429,6 +429,20 @@ mod tests {
     }
 
     #[test]
+    fn a_step_is_not_the_beginning_of_a_rise() {
+        for (before, after) in [(2.0, 10.0), (0.0, 6.0), (5.0, 10.0)] {
+            let mut history = History::default();
+            feed(&mut history, 0.0, 400.0, |_| before);
+            for look in 1..=60 {
+                feed(&mut history, 398.0 + 2.0 * f64::from(look), 2.0, |_| after);
+                let trend = history.trend().unwrap();
+                let ahead = trend.ahead(240.0);
+                assert!(ahead < 1.45 * after, "{before} to {after}, {look}: {trend:?}");
+            }
+        }
+    }
+
+    #[test]
     fn what_chance_makes_is_no_jump() {
         // Twice the load for two seconds comes every few minutes by chance.
         for rate in [0.2, 2.0, 20.0, 200.0] {

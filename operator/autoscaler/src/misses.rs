@@ -136,3 +136,26 @@ pub(crate) fn suffers(
     });
     ended >= 20.0 && demand.missed > allowed + 2.0 * allowed.max(1.0).sqrt() && used >= 0.3
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_was_not_spent_is_allowed_again_and_no_more() {
+        let left = |ended, missed| {
+            let misses = Misses {
+                long: (ended, missed),
+                ..Misses::default()
+            };
+            misses.left(0.01)
+        };
+        assert_eq!(left(0.0, 0.0), 1.0, "nothing is known");
+        assert_eq!(left(20_000.0, 100.0), MOST_LEFT);
+        assert_eq!(left(20_000.0, 200.0), 1.0);
+        assert_eq!(left(20_000.0, 5_000.0), 1.0);
+        let between = left(20_000.0, 155.0);
+        assert!(between > 1.0 && between < MOST_LEFT, "{between}");
+        assert_eq!(left(f64::NAN, f64::NAN), 1.0);
+    }
+}

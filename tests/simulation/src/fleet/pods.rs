@@ -131,7 +131,6 @@ impl Pod {
             },
             law: gauges.law,
             law_confidence: gauges.law_confidence,
-            last_step: gauges.last_step,
             tally: self.tally,
         };
         if self.nonsense {

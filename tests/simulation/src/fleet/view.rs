@@ -1,7 +1,7 @@
 //! What a policy sees of a fleet.
 
 use stoker_autoscaler::{Dials, Observation, Phase, Queue, Replica, Sample};
-use stoker_law::{Law, StepShape};
+use stoker_law::Law;
 
 use crate::replica::Tally;
 
@@ -21,7 +21,6 @@ pub struct Gauge {
     pub ceilings: Dials,
     pub law: Law,
     pub law_confidence: f64,
-    pub last_step: Option<(StepShape, f64)>,
     pub tally: Tally,
 }
 

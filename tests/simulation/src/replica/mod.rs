@@ -10,7 +10,7 @@ pub use device::Device;
 pub use tally::{Buckets, Tally};
 
 use stoker_autoscaler::Dials;
-use stoker_law::{Law, StepShape};
+use stoker_law::Law;
 
 use crate::flight::Ledger;
 use real::Real;
@@ -38,8 +38,6 @@ pub struct Gauges {
     pub waiting_prompt_tokens: u64,
     pub law: Law,
     pub law_confidence: f64,
-    /// The newest finished step and its seconds.
-    pub last_step: Option<(StepShape, f64)>,
 }
 
 pub enum Core {

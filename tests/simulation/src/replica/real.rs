@@ -159,7 +159,6 @@ impl Real {
             waiting_prompt_tokens: stats.waiting_prompt_tokens,
             law: stats.law,
             law_confidence: stats.law_confidence,
-            last_step: stats.last_step.map(|step| (step.shape, step.seconds)),
         }
     }
 

@@ -396,7 +396,6 @@ impl Surrogate {
             waiting_prompt_tokens: self.waiting.tokens() + begun,
             law: self.law,
             law_confidence: CONFIDENCE,
-            last_step: self.last_step,
         }
     }
 }

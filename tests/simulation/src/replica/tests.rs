@@ -2,7 +2,7 @@
 
 use stoker_autoscaler::Dials;
 use stoker_engine::Profile;
-use stoker_law::Law;
+use stoker_law::{Law, StepShape};
 
 use super::*;
 use crate::fleet::{Setup, simulate};
