@@ -181,9 +181,11 @@ pub(crate) fn plan(
             seconds_left: left.ceil() as u32,
         };
     }
-    // Half of what nobody has needed for that long: the other half is the proof.
+    // Half of what nobody has needed for that long: the other half is the proof. What doesn't serve yet
+    // goes first, and proves nothing.
     let unneeded = current.saturating_sub(memory.low.most(now, patience).max(kept));
-    let to = bounded(current - unneeded.div_ceil(2).max(1), limits);
+    let fewer = unneeded.div_ceil(2).max(unneeded.min(census.starting));
+    let to = bounded(current - fewer.max(1), limits);
     memory.lower(now);
     Plan::Lower {
         from: current,
