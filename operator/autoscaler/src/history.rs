@@ -437,7 +437,10 @@ mod tests {
                 feed(&mut history, 398.0 + 2.0 * f64::from(look), 2.0, |_| after);
                 let trend = history.trend().unwrap();
                 let ahead = trend.ahead(240.0);
-                assert!(ahead < 1.45 * after, "{before} to {after}, {look}: {trend:?}");
+                assert!(
+                    ahead < 1.45 * after,
+                    "{before} to {after}, {look}: {trend:?}"
+                );
             }
         }
     }
