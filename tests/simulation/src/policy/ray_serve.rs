@@ -12,7 +12,8 @@ const PERIOD: f64 = 5.0;
 const LOOK_BACK: f64 = 30.0;
 const UPSCALE_DELAY: f64 = 30.0;
 const DOWNSCALE_DELAY: f64 = 600.0;
-/// `max_ongoing_requests`, what a replica takes at once at most; with a higher target as much more.
+/// `max_ongoing_requests`: what a replica takes at once at most, by default 2.5 times the target; no
+/// less with a lower one.
 const MAX_ONGOING: u32 = 5;
 
 pub(super) struct RayServe {

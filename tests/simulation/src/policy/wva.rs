@@ -34,9 +34,7 @@ impl V1 {
 
     /// Whether so much is to spare where a replica has this KV cache in use, and this queue.
     fn spares(&self, kv: f64, queue: f64) -> bool {
-        // The queue's threshold may be below what is to be spared of it.
-        let spare_queue = SPARE_QUEUE.min(0.6 * self.queue);
-        SATURATED_KV - kv >= self.spare_kv && self.queue - queue >= spare_queue
+        SATURATED_KV - kv >= self.spare_kv && self.queue - queue >= SPARE_QUEUE
     }
 }
 
