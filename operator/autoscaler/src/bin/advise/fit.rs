@@ -13,9 +13,10 @@ const GUESS: f64 = 0.02;
 const POINTS: usize = 16;
 /// Budgets of which steps are kept.
 const MOST_BUDGETS: usize = 12;
-/// Steps with prompts from which on more of them tell little: what is off is the shape assumed of
-/// their lengths.
-const ENOUGH: f64 = 100.0;
+/// Steps with prompts from which on more of them tell little of the mean time, and of its slope: what is
+/// off there is the shape assumed of their lengths.
+const ENOUGH: f64 = 10.0;
+const ENOUGH_FOR_SLOPE: f64 = 100.0;
 
 /// Steps of all replicas, those with prompts by the budget that they were put together under: sums over
 /// more than one budget have no law.
@@ -93,7 +94,7 @@ fn law(decode: &Sums, prefills: &[(u32, Sums)]) -> Option<Law> {
         for _ in 0..30 {
             let middle = f64::midpoint(low, high);
             let law = with(hidden, middle);
-            let off = regimes.iter().map(|r| r.weight * r.off(&law).0);
+            let off = regimes.iter().map(|r| r.off(&law).0);
             if off.sum::<f64>() < 0.0 {
                 low = middle;
             } else {
@@ -103,7 +104,7 @@ fn law(decode: &Sums, prefills: &[(u32, Sums)]) -> Option<Law> {
         let law = with(hidden, high);
         let off = regimes.iter().map(|r| {
             let (mean, steep) = r.off(&law);
-            r.weight * (mean.abs() + steep.abs())
+            mean.abs() + steep.abs()
         });
         let guess = GUESS * (hidden - Law::typical(base).hidden).abs();
         (off.sum::<f64>() + guess, law)
@@ -121,8 +122,10 @@ struct Regime {
     slope: f64,
     /// Standard deviation of the prompt tokens.
     deviation: f64,
-    prompts: [f64; POINTS],
-    weight: f64,
+    /// Lengths, and the share of the steps that each stands for.
+    prompts: [(f64, f64); POINTS],
+    /// What the mean and the slope count.
+    weights: (f64, f64),
 }
 
 impl Regime {
@@ -138,37 +141,41 @@ impl Regime {
             slope: (sums.yp / n - y * p) / variance.max(1e-9),
             deviation: variance.sqrt(),
             prompts: prompts(p, variance, (f64::from(budget) - sums.s / n).max(1.0)),
-            weight: n / (n + ENOUGH),
+            weights: (n / (n + ENOUGH), n / (n + ENOUGH_FOR_SLOPE)),
         }
     }
 
     /// By how much a law's mean time is off, and its time for prompts a standard deviation longer for its
-    /// slope, relative to the mean time that was measured.
+    /// slope, relative to the mean time that was measured and as much as each counts.
     fn off(&self, law: &Law) -> (f64, f64) {
-        let seconds = self.prompts.map(|p| {
+        let seconds = |p: f64| {
             law.step_seconds(StepShape {
                 sequences: self.sequences as u32,
                 tokens: (self.sequences + p) as u32,
                 kv_tokens: self.kv_tokens as u64,
             })
-        });
-        let mean = seconds.iter().sum::<f64>() / POINTS as f64;
-        let center = self.prompts.iter().sum::<f64>() / POINTS as f64;
-        let (product, square) =
-            (seconds.iter().zip(&self.prompts)).fold((0.0, 0.0), |sum, (y, p)| {
-                let off = p - center;
-                (sum.0 + off * (y - mean), sum.1 + off * off)
-            });
+        };
+        let steps = self.prompts.map(|(p, share)| (p, seconds(p), share));
+        let mean = |of: &dyn Fn(f64, f64) -> f64| -> f64 {
+            steps.iter().map(|&(p, y, share)| share * of(p, y)).sum()
+        };
+        let (y, p) = (mean(&|_, y| y), mean(&|p, _| p));
+        let product = mean(&|other, time| (other - p) * (time - y));
+        let square = mean(&|other, _| (other - p).powi(2));
         let slope = product / f64::max(square, 1e-9);
         let steep = (slope - self.slope) * self.deviation;
-        (mean / self.seconds - 1.0, steep / self.seconds)
+        let (of_mean, of_slope) = self.weights;
+        (
+            of_mean * (y / self.seconds - 1.0),
+            of_slope * steep / self.seconds,
+        )
     }
 }
 
-/// Prompt tokens of a step that stand for a sixteenth of the steps each: long prompts fill step after
-/// step up to what the budget leaves, and what is left of them, like prompts that are shorter, spreads
-/// evenly; both so that mean and variance are what was measured.
-fn prompts(mean: f64, variance: f64, room: f64) -> [f64; POINTS] {
+/// Prompt tokens of steps, each with the share of steps that it stands for: long prompts fill step after step
+/// up to what the budget leaves, and what is left of them, like prompts that are shorter, spreads evenly;
+/// both so that mean and variance are what was measured.
+fn prompts(mean: f64, variance: f64, room: f64) -> [(f64, f64); POINTS] {
     let mean = mean.min(room);
     let rest = |full: f64| {
         let middle = ((mean - full * room) / (1.0 - full)).clamp(0.0, room);
@@ -190,12 +197,12 @@ fn prompts(mean: f64, variance: f64, room: f64) -> [f64; POINTS] {
     }
     let (middle, width) = rest(low);
     let width = width.min((12.0 * variance / (1.0 - low)).sqrt());
-    std::array::from_fn(|i| {
-        let place = (i as f64 + 0.5) / POINTS as f64 / (1.0 - low);
-        if place < 1.0 {
-            middle + width * (place - 0.5)
-        } else {
-            room
+    std::array::from_fn(|i| match i {
+        0 => (room, low),
+        _ => {
+            let others = (POINTS - 1) as f64;
+            let place = (i as f64 - 0.5) / others;
+            (middle + width * (place - 0.5), (1.0 - low) / others)
         }
     })
 }
@@ -230,8 +237,8 @@ fn memory_bound(sums: &Sums) -> Option<(f64, f64, f64)> {
 mod tests {
     use super::*;
 
-    /// Sums over steps of a law, with prompts of many lengths.
-    fn steps(law: &Law, budget: u32) -> (Sums, Sums) {
+    /// Sums over steps of a law: every third has a part of a prompt.
+    fn steps(law: &Law, budget: u32, mean_prompt: f64, n: u32) -> (Sums, Sums) {
         let (mut decode, mut prefill) = (Sums::default(), Sums::default());
         let mut random = 1u64;
         let mut uniform = || {
@@ -240,10 +247,10 @@ mod tests {
             random ^= random << 17;
             ((random >> 11) as f64 + 0.5) / (1u64 << 53) as f64
         };
-        for step in 0..6000 {
+        for step in 0..n {
             let s = 1.0 + (20.0 * uniform()).floor();
             let k = (s * (700.0 + 900.0 * uniform())).floor();
-            let prompt = (-1100.0 * uniform().ln())
+            let prompt = (-mean_prompt * uniform().ln())
                 .clamp(1.0, f64::from(budget) - s)
                 .floor();
             let (p, sums) = if step % 3 == 0 {
@@ -284,7 +291,7 @@ mod tests {
                     per_sequence: 0.2e-3,
                     hidden,
                 };
-                let (decode, prefill) = steps(&truth, budget);
+                let (decode, prefill) = steps(&truth, budget, 1100.0, 6000);
                 let law = law(&decode, &[(budget, prefill)]).unwrap();
                 for (sequences, tokens) in [(4, 4), (16, 16), (12, 256), (12, 512), (12, 2048)] {
                     let shape = StepShape {
@@ -305,6 +312,31 @@ mod tests {
         }
     }
 
+    /// Nearly all steps with prompts are as large as the budget allows, so that what they show is one time; a
+    /// few of the first ones were larger.
+    #[test]
+    fn a_few_steps_under_another_budget_tell_what_hides() {
+        for hidden in [1.0, 0.5, 0.0] {
+            let truth = Law {
+                base: 27.5e-3,
+                per_kv_token: 0.36e-6,
+                per_token: 0.27e-3,
+                per_sequence: 0.2e-3,
+                hidden,
+            };
+            let (mut decode, mut regimes) = (Sums::default(), Vec::new());
+            for (budget, n) in [(2048, 66), (256, 20_000), (224, 50_000)] {
+                let (more, prefill) = steps(&truth, budget, 12_000.0, n);
+                decode = decode.plus(more);
+                regimes.push((budget, prefill));
+            }
+            let law = law(&decode, &regimes).unwrap();
+            assert!((law.hidden - hidden).abs() <= 0.15, "{truth:?}: {law:?}");
+            let off = law.per_token / truth.per_token - 1.0;
+            assert!(off.abs() < 0.05, "{truth:?}: {law:?}");
+        }
+    }
+
     #[test]
     fn steps_count_for_the_budget_that_they_were_made_under() {
         let truth = Law {
@@ -317,7 +349,7 @@ mod tests {
         let (mut seen, mut all) = (Steps::default(), Counters::default());
         for budget in [160, 2048, 224, 352] {
             let before = all.clone();
-            let (decode, prefill) = steps(&truth, budget);
+            let (decode, prefill) = steps(&truth, budget, 1100.0, 6000);
             all.reg_decode = all.reg_decode.plus(decode);
             all.reg_prefill = all.reg_prefill.plus(prefill);
             seen.add(&before, &all, budget);
@@ -328,7 +360,7 @@ mod tests {
             (law.per_token / truth.per_token - 1.0).abs() < 0.05,
             "{law:?}"
         );
-        let (decode, _) = steps(&truth.slowed(2.0), 352);
+        let (decode, _) = steps(&truth.slowed(2.0), 352, 1100.0, 6000);
         let slow = slowness(&law, &decode).unwrap();
         assert!((slow - 2.0).abs() < 0.1, "{slow}");
         // A restart counts from nothing.
