@@ -3,6 +3,7 @@
 use stoker_law::Law;
 
 use crate::fleet::Tracks;
+use crate::history::NEWEST;
 use crate::observation::{Dials, Observation, Phase, Queue, Sample};
 
 /// What a replica said last, beside its counters.
@@ -43,6 +44,8 @@ pub(crate) struct Census<'a> {
     pub heard: Vec<(&'a str, Told)>,
     /// Ready replicas that weren't.
     pub silent: u32,
+    /// Ready replicas that have been so for all of the newest seconds.
+    pub settled: u32,
     pub starting: u32,
     pub unschedulable: u32,
     /// What waits in front of them.
@@ -58,6 +61,9 @@ impl<'a> Census<'a> {
             ..Census::default()
         };
         for replica in &observation.replicas {
+            if replica.phase == Phase::Ready && replica.ready_seconds >= NEWEST {
+                census.settled += 1;
+            }
             match replica.phase {
                 Phase::Unschedulable => census.unschedulable += 1,
                 Phase::Starting => census.starting += 1,

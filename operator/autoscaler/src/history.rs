@@ -8,8 +8,10 @@ use serde::{Deserialize, Serialize};
 pub(crate) const GRAIN: f64 = 10.0;
 /// Buckets that are kept: the longest window of [`WINDOWS`].
 const KEPT: usize = 32;
+/// Seconds that tell where load is now.
+pub(crate) const NEWEST: f64 = 20.0;
 /// Seconds over which a level or a line may be fitted, shortest first.
-const WINDOWS: [f64; 5] = [20.0, 40.0, 80.0, 160.0, 320.0];
+const WINDOWS: [f64; 5] = [NEWEST, 40.0, 80.0, 160.0, 320.0];
 /// Windows shorter than this tell a level but no trend.
 const TREND_FROM: f64 = 80.0;
 /// Seconds of a fine bucket, and how many are kept: what a jump is seen in.
@@ -61,8 +63,8 @@ pub(crate) struct Trend {
     pub error: f64,
     /// Requests a second, per second; 0 where chance explains it.
     pub slope: f64,
-    /// The newest seconds have more than chance could make of what was before.
-    pub jumped: bool,
+    /// Requests a second before the newest seconds, where these have more than chance could make of it.
+    pub jumped_from: Option<f64>,
 }
 
 impl Trend {
@@ -186,7 +188,7 @@ impl History {
                         level: (after + after.sqrt()) / seconds,
                         error: after.sqrt() / seconds,
                         slope: 0.0,
-                        jumped: true,
+                        jumped_from: Some(n / watched),
                     };
                     best = Some((ratio, jump));
                 }
@@ -232,7 +234,7 @@ impl History {
     /// The line through the longest stretch that the newest seconds fit. `None` before anything was
     /// watched.
     pub fn trend(&self) -> Option<Trend> {
-        let (newest, watched, _) = self.sum(WINDOWS[0]);
+        let (newest, watched, _) = self.sum(NEWEST);
         if watched <= 0.0 {
             return None;
         }
@@ -325,13 +327,19 @@ impl History {
             level: (mean + slope * age).max(0.0),
             error: (variance / watched + slope_variance * age * age).sqrt(),
             slope,
-            jumped: false,
+            jumped_from: None,
         })
     }
 
-    /// Seconds that were watched of the newest [`WINDOWS`] that tell a level.
+    /// Requests a second in the [`NEWEST`].
+    pub fn newest(&self) -> f64 {
+        let (n, watched, _) = self.sum(NEWEST);
+        n / f64::max(watched, 1e-9)
+    }
+
+    /// Seconds of these that were watched.
     pub fn watched(&self) -> f64 {
-        self.sum(WINDOWS[0]).1
+        self.sum(NEWEST).1
     }
 
     /// Remembers what is forecast for a time, once a bucket, and checks what has come true.
@@ -421,7 +429,7 @@ mod tests {
             let trend = history.trend().unwrap();
             // A standard error is added while it is new.
             assert!((9.5..14.5).contains(&trend.level), "{look}: {trend:?}");
-            assert!(trend.jumped, "{look}: {trend:?}");
+            assert!(trend.jumped_from.is_some(), "{look}: {trend:?}");
         }
         feed(&mut history, 420.0, 20.0, |_| 1.0);
         let trend = history.trend().unwrap();
@@ -455,7 +463,7 @@ mod tests {
                 if t % 40.0 > 38.0 { much } else { rate }
             });
             let trend = history.trend().unwrap();
-            assert!(!trend.jumped, "{rate}: {trend:?}");
+            assert!(trend.jumped_from.is_none(), "{rate}: {trend:?}");
         }
     }
 

@@ -11,6 +11,7 @@
 //! | `tune` | all of these | dials for the fleet and for unlike replicas |
 //! | `probe` | steps that tell no law | dials of one replica that do |
 //! | `need` | demand, capacity | how many replicas load needs |
+//! | `burst` | load that jumps and is soon gone | what is kept for the next one |
 //! | `misses` | expected and missed objectives | by how much less a replica carries |
 //! | `lowering` | needs and turns of the past | for how long fewer would have done |
 //! | `replicas` | the need, now and before | what is done about it |
@@ -21,6 +22,7 @@ pub mod decision;
 pub mod memory;
 pub mod observation;
 
+mod burst;
 mod census;
 mod demand;
 mod dials;

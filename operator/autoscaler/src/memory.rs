@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Serialize};
 use stoker_law::Law;
 
+use crate::burst::Burst;
 use crate::demand::Demand;
 use crate::dials::Motion;
 use crate::fleet::Tracks;
@@ -47,6 +48,7 @@ pub struct Memory {
     pub(crate) misses: Misses,
     pub(crate) history: History,
     pub(crate) recurrence: Recurrence,
+    pub(crate) burst: Burst,
     pub(crate) starts: Starts,
 
     /// The dials were set by somebody who knew more: they stay until the mix is known again.
@@ -182,6 +184,7 @@ impl Memory {
             self.probe = Probe::default();
             self.history = History::default();
             self.recurrence = Recurrence::default();
+            self.burst = Burst::default();
             self.differs = None;
             self.low.forget();
         } else if now - before > GAP {

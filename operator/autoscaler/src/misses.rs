@@ -59,6 +59,12 @@ impl Misses {
         }
     }
 
+    /// Whether more requests of the last hour or so missed than may.
+    pub fn are_too_many(&self, allowed: f64) -> bool {
+        let (ended, missed) = self.long;
+        missed > allowed * ended
+    }
+
     pub fn derating(&self) -> f64 {
         if self.derating.is_finite() {
             self.derating.max(1.0)
@@ -157,5 +163,13 @@ mod tests {
         let between = left(20_000.0, 155.0);
         assert!(between > 1.0 && between < MOST_LEFT, "{between}");
         assert_eq!(left(f64::NAN, f64::NAN), 1.0);
+        let too_many = |long| {
+            let misses = Misses {
+                long,
+                ..Misses::default()
+            };
+            misses.are_too_many(0.01)
+        };
+        assert!(too_many((1000.0, 11.0)) && !too_many((1000.0, 9.0)) && !too_many((0.0, 0.0)));
     }
 }

@@ -38,6 +38,8 @@ pub(crate) struct Need {
     /// To keep for the load of the moment and all that a proven pattern has within the time of a
     /// start.
     pub by_pattern: Option<u32>,
+    /// To keep for a burst that may come back.
+    pub for_burst: u32,
     /// `up` follows from the requests in flight rather than from their rate.
     pub by_in_flight: bool,
 }
@@ -57,15 +59,15 @@ pub(crate) fn need(scene: &Scene, demand: &Demand, tuned: &Tuned, memory: &mut M
     } else {
         0.0
     };
-    // What came a period ago must be met by replicas that are ready by then.
-    let horizon = memory.starts.slowest() + SPARE;
+    // What came a period ago must be met by replicas that are ready by then: being early costs little.
     let recurs = !memory.without.recurrence;
-    let again = if recurs {
-        memory.recurrence.ahead(scene.now, horizon)
-    } else {
-        0.0
+    let within = |seconds: f64| match recurs {
+        true => memory.recurrence.ahead(scene.now, seconds + SPARE),
+        false => 0.0,
     };
-    let pattern = (recurs && memory.recurrence.is_proven()).then_some(again);
+    let again = within(memory.starts.surely());
+    let pattern = within(memory.starts.slowest());
+    let pattern = (recurs && memory.recurrence.is_proven()).then_some(pattern);
     // A slow rise is the trend's affair.
     let again = if again >= JUMP * ahead { again } else { 0.0 };
     let Some((model, dials, one)) = tuned.known() else {
@@ -92,6 +94,22 @@ pub(crate) fn need(scene: &Scene, demand: &Demand, tuned: &Tuned, memory: &mut M
     // What was ordered for a pattern can't be mended in time.
     let up = up.max(needs(again, share * PATTERN_MISSES, hint));
     let down = needs(ahead, share * KEPT_MISSES, up).max(up);
+    // What carried a burst stays while the objective is missed over the last hour or so, until it is known when
+    // the next one comes.
+    (memory.burst).note(
+        scene.now,
+        trend,
+        memory.history.newest(),
+        scene.census.settled,
+    );
+    let stays = recurs
+        && memory.recurrence.is_unknown()
+        && memory.burst.was_short(memory.starts.usual())
+        && memory.misses.are_too_many(fleet.model.allowed());
+    let for_burst = match stays {
+        true => needs(memory.burst.rate, share, down).min(memory.burst.replicas),
+        false => 0,
+    };
     let rise = if recurs {
         memory.recurrence.rise(memory.starts.slowest())
     } else {
@@ -106,6 +124,7 @@ pub(crate) fn need(scene: &Scene, demand: &Demand, tuned: &Tuned, memory: &mut M
         down,
         back,
         by_pattern: pattern.map(|rate| needs(rate.max(ahead), share * KEPT_MISSES, down)),
+        for_burst,
         by_in_flight: false,
     }
 }
@@ -121,6 +140,7 @@ fn without_law(demand: &Demand, tuned: &Tuned, derating: f64) -> Need {
         down: whole(demand.in_flight_down / one).max(up),
         back: Some(0),
         by_pattern: None,
+        for_burst: 0,
         by_in_flight: true,
     }
 }

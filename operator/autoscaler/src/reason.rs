@@ -90,6 +90,24 @@ impl Facts<'_> {
                     self.one_carries()
                 ),
             ),
+            Plan::GiveUp { from, to } => (
+                ReasonCode::ScaleDown,
+                format!(
+                    "From {from} to {}: {}; what the others were ordered for is over before they serve{}.",
+                    replicas(to),
+                    self.load(demand),
+                    self.one_carries()
+                ),
+            ),
+            Plan::KeepForBurst(n) => (
+                ReasonCode::Stabilizing,
+                format!(
+                    "{} would do for {}, {n} are kept: load jumped to what they carry, objectives were \
+                     missed, and it may do so again.",
+                    replicas(self.need.down.max(self.scene.limits.min_replicas).max(1)),
+                    self.load(demand)
+                ),
+            ),
             Plan::KeepUnschedulable(_) => (
                 ReasonCode::WaitingForAccelerator,
                 format!(

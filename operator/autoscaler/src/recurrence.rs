@@ -69,6 +69,11 @@ impl Recurrence {
         (self.period, self.proven) = self.find();
     }
 
+    /// Whether nothing is known to repeat itself.
+    pub fn is_unknown(&self) -> bool {
+        self.period.is_none()
+    }
+
     /// Whether load was seen to rise and fall as it did a period before.
     pub fn is_proven(&self) -> bool {
         self.proven

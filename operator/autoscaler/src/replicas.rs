@@ -37,6 +37,13 @@ pub(crate) enum Plan {
         again: bool,
     },
     Keep(u32),
+    /// What doesn't serve yet was ordered for a burst that is over.
+    GiveUp {
+        from: u32,
+        to: u32,
+    },
+    /// Fewer would do, but a burst may come back.
+    KeepForBurst(u32),
     /// Some pods find no node: no more are ordered.
     KeepUnschedulable(u32),
     KeepAtMax(u32),
@@ -50,8 +57,9 @@ pub(crate) enum Plan {
 impl Plan {
     pub fn replicas(self) -> u32 {
         match self {
-            Plan::Raise { to, .. } | Plan::Lower { to, .. } => to,
+            Plan::Raise { to, .. } | Plan::Lower { to, .. } | Plan::GiveUp { to, .. } => to,
             Plan::Keep(replicas)
+            | Plan::KeepForBurst(replicas)
             | Plan::KeepUnschedulable(replicas)
             | Plan::KeepAtMax(replicas)
             | Plan::KeepStabilizing { replicas, .. } => replicas,
@@ -102,10 +110,13 @@ pub(crate) fn plan(
         Some(back) => memory.low.worth_keeping(now, start).min(back),
         None => memory.low.most(now, start),
     };
-    let kept = kept.min(need.by_pattern.unwrap_or(u32::MAX)).max(floor);
+    let kept = kept
+        .min(need.by_pattern.unwrap_or(u32::MAX))
+        .max(need.for_burst)
+        .max(floor);
     // An odd look or two aren't enough to order anything, but for a jump that no chance explains.
     memory.looks.note(now, need.up);
-    let agreed = if demand.trend.jumped {
+    let agreed = if demand.trend.jumped_from.is_some() {
         need.up
     } else {
         memory.looks.agreed()
@@ -136,6 +147,22 @@ pub(crate) fn plan(
     if !fewer || (!demand.idle && suffers(scene, demand, capacity, current - 1)) {
         return Plan::Keep(current);
     }
+    // What was ordered for a burst that is over goes, but for what serves the backlog within a start.
+    if memory.burst.is_over(now, start) {
+        let serves = |one: Capacity| (one.rate * memory.starts.next()).max(1e-9);
+        let waiting = f64::from(census.waiting());
+        let for_backlog = capacity.map_or(0.0, |one| (waiting / serves(one)).ceil()) as u32;
+        let serve = need.down.saturating_add(for_backlog);
+        let serve = serve.max(need.for_burst).max(floor);
+        let late = current.saturating_sub(serve).min(census.starting);
+        if late > 0 {
+            memory.lower(now);
+            return Plan::GiveUp {
+                from: current,
+                to: bounded(current - late, limits),
+            };
+        }
+    }
     // A fall that is part of a pattern needs no patience: load won't be back before replicas can. What
     // one replica fewer would do for is no fall.
     if let Some(enough) = need.by_pattern.map(|n| n.max(need.down).max(floor))
@@ -150,6 +177,9 @@ pub(crate) fn plan(
             seconds: BETWEEN_STEPS as u32,
             again: true,
         };
+    }
+    if need.for_burst >= current {
+        return Plan::KeepForBurst(current);
     }
     if need.down.max(kept) >= current {
         let left = match need.back {

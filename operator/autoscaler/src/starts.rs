@@ -78,7 +78,8 @@ impl Starts {
         f64::midpoint(usual, longest.min(STUCK * usual))
     }
 
-    fn usual(&self) -> f64 {
+    /// Seconds that one takes as a rule.
+    pub fn usual(&self) -> f64 {
         let mut sorted: Vec<f64> = self.known().collect();
         sorted.sort_by(f64::total_cmp);
         let middle = sorted.len().saturating_sub(1) / 2;
@@ -90,13 +91,27 @@ impl Starts {
     /// were seen count, and what was said of them beforehand as one. A start that was given up after longer
     /// would have taken as long again, for all that is known.
     pub fn slowest(&self) -> f64 {
-        let known = self.known().reduce(f64::max).unwrap_or(UNKNOWN);
+        let known = self.longest_known();
         let slowest = known * (1.0 + 1.0 / (f64::from(self.seen) + 1.0));
         if self.given_up > known {
             slowest.max(GIVEN_UP * self.given_up)
         } else {
             slowest
         }
+    }
+
+    /// Seconds that no start takes that isn't stuck, where one was given up that had taken longer than all that
+    /// were seen.
+    pub fn surely(&self) -> f64 {
+        if self.given_up > self.longest_known() {
+            self.slowest().max(STUCK * self.usual())
+        } else {
+            self.slowest()
+        }
+    }
+
+    fn longest_known(&self) -> f64 {
+        self.known().reduce(f64::max).unwrap_or(UNKNOWN)
     }
 }
 
@@ -169,11 +184,17 @@ mod tests {
             starts.observe(&observation(Some(Phase::Starting), 130.0));
             starts.observe(&observation(gone, 132.0));
             assert_eq!((starts.usual(), starts.slowest()), (UNKNOWN, 260.0));
+            assert_eq!(starts.surely(), 260.0);
             // No node ever took it: that says nothing of how long a start takes.
             let mut starts = Starts::default();
             starts.observe(&observation(Some(Phase::Unschedulable), 130.0));
             starts.observe(&observation(gone, 132.0));
-            assert_eq!(starts.slowest(), 120.0);
+            assert_eq!((starts.slowest(), starts.surely()), (120.0, 120.0));
+            // It had just taken longer than any.
+            let mut starts = Starts::default();
+            starts.observe(&observation(Some(Phase::Starting), 61.0));
+            starts.observe(&observation(gone, 63.0));
+            assert_eq!((starts.slowest(), starts.surely()), (122.0, 240.0));
         }
     }
 }

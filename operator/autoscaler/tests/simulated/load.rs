@@ -87,19 +87,40 @@ fn the_first_load_finds_its_dials_within_10_s() {
     assert!((128..=352).contains(&budget(dials)), "{dials:?}");
 }
 
+/// A minute of six times the load, on a fleet whose replicas take so long to start: replicas before, 30 s into
+/// it, ten minutes after it, and half an hour later.
+fn spike(start_seconds: f64) -> ([u32; 4], usize) {
+    let mut fleet = Fleet::on_t4(10, 60.0, CHAT);
+    fleet.start_seconds = start_seconds;
+    let base = |_: f64| Clients::Open(0.8);
+    let mut replicas = [0; 4];
+    fleet.run(120.0, base);
+    replicas[0] = fleet.last().decision.replicas;
+    fleet.run(30.0, |_| Clients::Open(4.8));
+    replicas[1] = fleet.last().decision.replicas;
+    fleet.run(30.0, |_| Clients::Open(4.8));
+    fleet.run(600.0, base);
+    replicas[2] = fleet.last().decision.replicas;
+    fleet.run(1800.0, base);
+    replicas[3] = fleet.last().decision.replicas;
+    (replicas, fleet.reversals())
+}
+
 #[test]
 fn a_spike_orders_several_at_once_and_is_over_when_it_is_over() {
-    let mut fleet = Fleet::on_t4(10, 60.0, CHAT);
-    fleet.run(120.0, |_| Clients::Open(0.8));
-    let before = fleet.last().decision.replicas;
-    fleet.run(30.0, |_| Clients::Open(4.8));
-    let during = fleet.last().decision.replicas;
+    let ([before, during, after, later], reversals) = spike(120.0);
     assert!(during >= before + 2, "{before} -> {during}");
-    fleet.run(30.0, |_| Clients::Open(4.8));
-    fleet.run(600.0, |_| Clients::Open(0.8));
-    let after = fleet.last().decision.replicas;
     assert!(after <= before + 1, "{before} -> {after}");
-    assert!(fleet.reversals() <= 3, "{} reversals", fleet.reversals());
+    assert!(later <= before + 1, "{before} -> {later}");
+    assert!(reversals <= 3, "{reversals} reversals");
+}
+
+#[test]
+fn what_carried_a_spike_that_missed_objectives_stays_for_the_next_one_and_not_for_ever() {
+    let ([before, during, after, later], _) = spike(25.0);
+    assert!(during >= before + 2, "{before} -> {during}");
+    assert!(after >= before + 2, "{before} -> {after}");
+    assert!(later <= before + 1, "{before} -> {later}");
 }
 
 #[test]
