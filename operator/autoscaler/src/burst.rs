@@ -32,15 +32,16 @@ pub(crate) struct Burst {
 }
 
 impl Burst {
-    /// `level` is the load of the newest seconds, of which so many replicas were ready for all.
-    pub fn note(&mut self, now: f64, trend: Trend, level: f64, settled: u32) {
+    /// `level` is the load of the newest seconds, of which so many replicas were ready for all. What was
+    /// `expected` is no burst.
+    pub fn note(&mut self, now: f64, trend: Trend, level: f64, expected: f64, settled: u32) {
         if !(0.0..=REMEMBERED).contains(&(now - self.last)) {
             *self = Burst {
                 last: now,
                 ..Burst::default()
             };
         }
-        let jumped = |before: f64| trend.level >= TIMES * before;
+        let jumped = |before: f64| trend.level >= TIMES * before && expected < OVER * trend.level;
         if self.came.is_none() && trend.jumped_from.is_some_and(jumped) {
             self.came = Some(now);
         }
@@ -73,7 +74,7 @@ mod tests {
     use super::*;
 
     /// Sixty seconds of 12 requests a second, out of 2.
-    fn told(burst: &mut Burst, now: f64, lasts: f64) {
+    fn told(burst: &mut Burst, now: f64, lasts: f64, expected: f64) {
         let age = now - 1000.0;
         let is_there = (0.0..lasts).contains(&age);
         let trend = Trend {
@@ -82,13 +83,23 @@ mod tests {
             ..Trend::default()
         };
         let settled = if age > 40.0 { 8 } else { 2 };
-        burst.note(now, trend, if is_there { 12.0 } else { 2.0 }, settled);
+        burst.note(
+            now,
+            trend,
+            if is_there { 12.0 } else { 2.0 },
+            expected,
+            settled,
+        );
     }
 
     fn after(lasts: f64, seconds: u32) -> Burst {
+        after_expected(lasts, seconds, 2.0)
+    }
+
+    fn after_expected(lasts: f64, seconds: u32, expected: f64) -> Burst {
         let mut burst = Burst::default();
         for now in (900..1000 + seconds).step_by(2) {
-            told(&mut burst, f64::from(now), lasts);
+            told(&mut burst, f64::from(now), lasts, expected);
         }
         burst
     }
@@ -113,6 +124,12 @@ mod tests {
     }
 
     #[test]
+    fn what_was_expected_is_no_burst() {
+        assert_eq!(after_expected(60.0, 100, 11.0).rate, 0.0);
+        assert_eq!(after_expected(60.0, 100, 4.0).rate, 12.0);
+    }
+
+    #[test]
     fn what_rises_by_half_is_none_and_a_clock_that_goes_back_forgets() {
         let mut burst = Burst::default();
         let rise = Trend {
@@ -120,10 +137,10 @@ mod tests {
             jumped_from: Some(2.0),
             ..Trend::default()
         };
-        burst.note(1000.0, rise, 3.0, 2);
+        burst.note(1000.0, rise, 3.0, 2.0, 2);
         assert_eq!(burst.rate, 0.0);
         let mut burst = after(60.0, 100);
-        burst.note(10.0, Trend::default(), 2.0, 2);
+        burst.note(10.0, Trend::default(), 2.0, 2.0, 2);
         assert_eq!(burst.rate, 0.0);
     }
 }

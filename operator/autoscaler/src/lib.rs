@@ -11,6 +11,7 @@
 //! | `tune` | all of these | dials for the fleet and for unlike replicas |
 //! | `probe` | steps that tell no law | dials of one replica that do |
 //! | `need` | demand, capacity | how many replicas load needs |
+//! | `recurrence`, `days` | load of the last hours, of the day before | what comes back, and when |
 //! | `burst` | load that jumps and is soon gone | what is kept for the next one |
 //! | `misses` | expected and missed objectives | by how much less a replica carries |
 //! | `lowering` | needs and turns of the past | for how long fewer would have done |
@@ -24,6 +25,7 @@ pub mod observation;
 
 mod burst;
 mod census;
+mod days;
 mod demand;
 mod dials;
 mod fleet;
@@ -41,6 +43,7 @@ mod reason;
 mod recurrence;
 mod replicas;
 mod sleep;
+mod slots;
 mod starts;
 mod tune;
 
@@ -92,6 +95,7 @@ pub fn decide(
         memory
             .recurrence
             .note(until, |seconds| history.rate(seconds));
+        memory.days.note(until, history.rate(slots::MEASURED));
     }
     let demand = demand::measure(&memory.tracks, &memory.history, &census, memory.mix);
     if let Some(demand) = &demand {

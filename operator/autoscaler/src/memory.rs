@@ -6,6 +6,7 @@ use serde::{Deserialize, Serialize};
 use stoker_law::Law;
 
 use crate::burst::Burst;
+use crate::days::Days;
 use crate::demand::Demand;
 use crate::dials::Motion;
 use crate::fleet::Tracks;
@@ -48,6 +49,7 @@ pub struct Memory {
     pub(crate) misses: Misses,
     pub(crate) history: History,
     pub(crate) recurrence: Recurrence,
+    pub(crate) days: Days,
     pub(crate) burst: Burst,
     pub(crate) starts: Starts,
 
@@ -184,6 +186,7 @@ impl Memory {
             self.probe = Probe::default();
             self.history = History::default();
             self.recurrence = Recurrence::default();
+            self.days = Days::default();
             self.burst = Burst::default();
             self.differs = None;
             self.low.forget();
@@ -205,10 +208,10 @@ mod tests {
     use super::*;
 
     #[test]
-    fn after_half_a_day_it_is_still_small() {
+    fn after_a_day_and_more_it_is_still_small() {
         let mut memory = Memory::seeded(4, None, 1.7e9);
         memory.mix = Some(Mix::UNKNOWN.towards(Mix::default(), 1.0 / 3.0));
-        for i in 0..20_000_u32 {
+        for i in 0..50_000_u32 {
             let now = 1.7e9 + 2.0 * f64::from(i);
             let rate = 12.345_678 + f64::from(i % 1000) / 3.0;
             let come = crate::history::Arrivals {
@@ -221,6 +224,7 @@ mod tests {
             memory.history.judge(rate, 75.123_456);
             let history = &memory.history;
             memory.recurrence.note(now, |seconds| history.rate(seconds));
+            memory.days.note(now, history.rate(30.0));
             memory.low.note(now, i % 7, 225.0);
             memory.turns.note(now, i % 100 < 50);
         }

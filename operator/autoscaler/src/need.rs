@@ -59,17 +59,13 @@ pub(crate) fn need(scene: &Scene, demand: &Demand, tuned: &Tuned, memory: &mut M
     } else {
         0.0
     };
-    // What came a period ago must be met by replicas that are ready by then: being early costs little.
-    let recurs = !memory.without.recurrence;
-    let within = |seconds: f64| match recurs {
-        true => memory.recurrence.ahead(scene.now, seconds + SPARE),
-        false => 0.0,
-    };
-    let again = within(memory.starts.surely());
-    let pattern = within(memory.starts.slowest());
-    let pattern = (recurs && memory.recurrence.is_proven()).then_some(pattern);
+    let foretold = foretold(memory, scene.now);
     // A slow rise is the trend's affair.
-    let again = if again >= JUMP * ahead { again } else { 0.0 };
+    let again = if foretold.again >= JUMP * ahead {
+        foretold.again
+    } else {
+        0.0
+    };
     let Some((model, dials, one)) = tuned.known() else {
         return without_law(demand, tuned, memory.misses.derating());
     };
@@ -94,16 +90,14 @@ pub(crate) fn need(scene: &Scene, demand: &Demand, tuned: &Tuned, memory: &mut M
     // What was ordered for a pattern can't be mended in time.
     let up = up.max(needs(again, share * PATTERN_MISSES, hint));
     let down = needs(ahead, share * KEPT_MISSES, up).max(up);
-    // What carried a burst stays while the objective is missed over the last hour or so, until it is known when
-    // the next one comes.
-    (memory.burst).note(
-        scene.now,
-        trend,
-        memory.history.newest(),
-        scene.census.settled,
-    );
+    // What carried a burst that nothing foretold stays while the objective is missed over the last hour or so,
+    // until a pattern tells when the next one comes.
+    let newest = memory.history.newest();
+    let settled = scene.census.settled;
+    (memory.burst).note(scene.now, trend, newest, foretold.now, settled);
+    let recurs = !memory.without.recurrence;
     let stays = recurs
-        && memory.recurrence.is_unknown()
+        && foretold.pattern.is_none()
         && memory.burst.was_short(memory.starts.usual())
         && memory.misses.are_too_many(fleet.model.allowed());
     let for_burst = match stays {
@@ -123,9 +117,35 @@ pub(crate) fn need(scene: &Scene, demand: &Demand, tuned: &Tuned, memory: &mut M
         up,
         down,
         back,
-        by_pattern: pattern.map(|rate| needs(rate.max(ahead), share * KEPT_MISSES, down)),
+        by_pattern: (foretold.pattern)
+            .map(|rate| needs(rate.max(ahead), share * KEPT_MISSES, down)),
         for_burst,
         by_in_flight: false,
+    }
+}
+
+/// Load a period ago, in requests a second at most; nothing where none is known.
+#[derive(Clone, Copy, Debug, Default)]
+struct Foretold {
+    /// About now.
+    now: f64,
+    /// Until replicas that are ordered now serve for sure: being early costs little.
+    again: f64,
+    /// Within the time of a start, by a period that load was seen to rise and fall by.
+    pattern: Option<f64>,
+}
+
+fn foretold(memory: &Memory, now: f64) -> Foretold {
+    if memory.without.recurrence {
+        return Foretold::default();
+    }
+    let (hours, days, starts) = (&memory.recurrence, &memory.days, &memory.starts);
+    let horizon = starts.surely() + SPARE;
+    let pattern = || hours.ahead(now, starts.slowest() + SPARE);
+    Foretold {
+        now: hours.expected(now).max(days.expected(now)),
+        again: hours.ahead(now, horizon).max(days.ahead(now, horizon)),
+        pattern: hours.is_proven().then(pattern),
     }
 }
 

@@ -1,11 +1,9 @@
 //! Load that comes back: what it did a period ago, where it repeats itself.
 
-use std::collections::VecDeque;
-
 use serde::{Deserialize, Serialize};
 
-/// Seconds of a slot.
-const SLOT: f64 = 30.0;
+use crate::slots::{LEAST_COMPARED, MEASURED, Noted, Slots};
+
 /// Slots that are kept: four hours.
 const KEPT: usize = 480;
 /// Shortest period that is looked for, in slots.
@@ -13,12 +11,8 @@ const SHORTEST: usize = 12;
 /// What people and schedulers repeat things by, in slots: needs no proof but that nothing speaks
 /// against it.
 const HOUR: usize = 120;
-/// Slots that must have been compared, and at most are.
-const COMPARED: (usize, usize) = (20, 120);
-/// Share of them that must be alike.
-const ALIKE: f64 = 0.9;
-/// Beyond chance, slots may differ by this share and be alike.
-const TOLERANCE: f64 = 0.15;
+/// Slots that are compared at most.
+const COMPARED: usize = 120;
 /// Correlation, and ratio of the highest to the lowest slot, that make a period of its own.
 const CORRELATION: f64 = 0.8;
 const SWING: f64 = 2.0;
@@ -28,13 +22,11 @@ const BEYOND: f64 = 3.0;
 /// Times a span that must have been watched for it to be known how much load rises within one.
 const SPANS: f64 = 2.0;
 
-/// Requests a second, slot by slot; below 0 where nobody watched.
+/// Load of the last hours, and the period by which it comes back.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
 pub(crate) struct Recurrence {
-    /// When the first slot began.
-    start: f64,
-    slots: VecDeque<f32>,
+    slots: Slots<{ MEASURED as u32 }, KEPT>,
     /// In slots.
     period: Option<usize>,
     /// Load was seen to rise and fall by it.
@@ -42,36 +34,18 @@ pub(crate) struct Recurrence {
 }
 
 impl Recurrence {
-    /// `rate` is that of the [`SLOT`] before `until`, which is negative where it isn't known.
+    /// `rate` is that of so many seconds before `until`, where it is known.
     pub fn note(&mut self, until: f64, rate: impl FnOnce(f64) -> Option<f64>) {
-        let end = self.start + SLOT * self.slots.len() as f64;
-        if self.slots.is_empty() || until < end - SLOT || until > end + SLOT * KEPT as f64 {
-            self.slots.clear();
-            (self.period, self.proven) = (None, false);
-            self.start = (until / SLOT).floor() * SLOT;
-            self.slots.push_back(-1.0);
-            return;
+        match self.slots.note(until, || rate(MEASURED)) {
+            Noted::Nothing => {}
+            Noted::Slot => (self.period, self.proven) = self.find(),
+            Noted::Anew => (self.period, self.proven) = (None, false),
         }
-        let due = ((until - end) / SLOT).floor();
-        if due < 1.0 {
-            return;
-        }
-        for _ in 1..due as usize {
-            self.slots.push_back(-1.0);
-        }
-        let rate = rate(SLOT).filter(|rate| rate.is_finite());
-        let rounded = rate.map_or(-1.0, |rate| ((100.0 * rate).round() / 100.0) as f32);
-        self.slots.push_back(rounded);
-        while self.slots.len() > KEPT {
-            self.slots.pop_front();
-            self.start += SLOT;
-        }
-        (self.period, self.proven) = self.find();
     }
 
-    /// Whether nothing is known to repeat itself.
-    pub fn is_unknown(&self) -> bool {
-        self.period.is_none()
+    /// Requests a second that were to be expected at most about now.
+    pub fn expected(&self, now: f64) -> f64 {
+        self.ahead(now - MEASURED, 3.0 * MEASURED)
     }
 
     /// Whether load was seen to rise and fall as it did a period before.
@@ -82,99 +56,51 @@ impl Recurrence {
     /// Requests a second that are to be expected at most within so many seconds from `now`; 0 where
     /// nothing repeats itself.
     pub fn ahead(&self, now: f64, seconds: f64) -> f64 {
-        let Some(period) = self.period else {
-            return 0.0;
-        };
-        let place = |t: f64| (t - self.start) / SLOT - period as f64;
-        let (from, to) = (place(now).floor().max(0.0), place(now + seconds).ceil());
-        let slots = self.slots.range((from as usize).min(self.slots.len())..);
-        let expected = slots.take((to - from).max(0.0) as usize).map(|&rate| {
-            let rate = f64::from(rate.max(0.0));
-            // The highest of several is high by chance, too.
-            rate - (rate / SLOT).sqrt()
-        });
-        expected.fold(0.0, f64::max)
+        let ahead = |period| self.slots.ahead(now, seconds, period);
+        self.period.map_or(0.0, ahead)
     }
 
     /// The most by which load rose beyond chance within so many seconds of the last hour, in requests a
     /// second; `None` where it wasn't watched for long enough to know.
     pub fn rise(&self, seconds: f64) -> Option<f64> {
-        let first = self.slots.len().saturating_sub(HOUR);
-        let known = |from: usize, to: usize| {
-            let slots = self.slots.range(from..to).map(|rate| f64::from(*rate));
-            slots.enumerate().filter(|(_, rate)| *rate >= 0.0)
-        };
-        let watched = known(first, self.slots.len()).count();
-        if SLOT * (watched as f64) < SPANS * seconds {
+        let (first, end) = (self.slots.len().saturating_sub(HOUR), self.slots.len());
+        let watched = self.slots.known(first, end).count();
+        if MEASURED * (watched as f64) < SPANS * seconds {
             return None;
         }
-        let span = ((seconds / SLOT).round() as usize).max(1);
-        let rises = known(first, self.slots.len()).flat_map(|(place, now)| {
-            let place = first + place;
-            let earlier = known(place.saturating_sub(span).max(first), place);
-            earlier.map(move |(_, then)| now - then - BEYOND * ((now + then) / SLOT).sqrt())
+        let span = ((seconds / MEASURED).round() as usize).max(1);
+        let rises = self.slots.known(first, end).flat_map(|(place, now)| {
+            let earlier = (self.slots).known(place.saturating_sub(span).max(first), place);
+            earlier.map(move |(_, then)| now - then - BEYOND * ((now + then) / MEASURED).sqrt())
         });
         Some(rises.fold(0.0, f64::max))
     }
 
     /// The shortest period by which load repeats itself, or the hour; and whether that is proven.
     fn find(&self) -> (Option<usize>, bool) {
-        let longest = self.slots.len().saturating_sub(COMPARED.0);
-        let own = (SHORTEST..=longest.min(KEPT / 2)).find(|&period| self.repeats(period, true));
-        let hour = || (HOUR <= longest && self.repeats(HOUR, false)).then_some(HOUR);
+        let longest = self.slots.len().saturating_sub(LEAST_COMPARED);
+        let own = (SHORTEST..=longest.min(KEPT / 2))
+            .find(|&period| self.slots.alike(period, COMPARED) && self.swings(period));
+        let hour = || (HOUR <= longest && self.slots.alike(HOUR, COMPARED)).then_some(HOUR);
         (own.or_else(hour), own.is_some())
     }
 
-    /// Whether the newest slots are like those a period before; with `proof` also that load rose and
-    /// fell meanwhile, and did so then: what only rises, or more slowly, is like what it was any while ago.
-    fn repeats(&self, period: usize, proof: bool) -> bool {
-        let at = |place: usize| self.slots.get(place).map_or(-1.0, |rate| f64::from(*rate));
-        let (mut n, mut alike) = (0.0, 0.0);
-        let (mut low, mut high) = (f64::INFINITY, 0.0f64);
-        for (place, now, then) in self.pairs(period) {
-            // An edge may fall into the slot beside.
-            let beside = [
-                then,
-                at((place - period).saturating_sub(1)),
-                at(place - period + 1),
-            ];
-            let beside = beside.iter().filter(|rate| **rate >= 0.0);
-            let least = beside.clone().copied().fold(then, f64::min);
-            let most = beside.copied().fold(then, f64::max);
-            let tolerance = |rate: f64| TOLERANCE * rate + 2.5 * (rate / SLOT).sqrt() + 0.1;
-            n += 1.0;
-            if now >= least - tolerance(least) && now <= most + tolerance(most) {
-                alike += 1.0;
-            }
-            (low, high) = (low.min(now), high.max(now));
-        }
-        if n < COMPARED.0 as f64 || alike < ALIKE * n {
-            return false;
-        }
-        !proof
-            || (high >= SWING * low.max(0.2)
-                && self.correlation(period) >= CORRELATION
-                && (1..period).any(|shorter| self.correlation(shorter) <= 0.5 * CORRELATION))
-    }
-
-    /// The newest slots, each with its place and the one a period before.
-    fn pairs(&self, period: usize) -> impl Iterator<Item = (usize, f64, f64)> {
-        let first = self.slots.len().saturating_sub(COMPARED.1).max(period);
-        let now = self.slots.range(first..);
-        let then = self.slots.range(first - period..);
-        (first..)
-            .zip(now)
-            .zip(then)
-            .filter_map(|((place, now), then)| {
-                let known = *now >= 0.0 && *then >= 0.0;
-                known.then(|| (place, f64::from(*now), f64::from(*then)))
-            })
+    /// Whether load rose and fell within a period, and did so the one before: what only rises, or more slowly,
+    /// is like what it was any while ago.
+    fn swings(&self, period: usize) -> bool {
+        let rates = self.slots.pairs(period, COMPARED).map(|(_, now, _)| now);
+        let (low, high) = rates.fold((f64::INFINITY, 0.0), |(low, high), now| {
+            (now.min(low), now.max(high))
+        });
+        high >= SWING * f64::max(low, 0.2)
+            && self.correlation(period) >= CORRELATION
+            && (1..period).any(|shorter| self.correlation(shorter) <= 0.5 * CORRELATION)
     }
 
     /// How the newest slots go with those a period before: Pearson's coefficient.
     fn correlation(&self, period: usize) -> f64 {
         let (mut n, mut x, mut y, mut xx, mut yy, mut xy) = (0.0, 0.0, 0.0, 0.0, 0.0, 0.0);
-        for (_, now, then) in self.pairs(period) {
+        for (_, now, then) in self.slots.pairs(period, COMPARED) {
             n += 1.0;
             x += now;
             y += then;
@@ -270,7 +196,10 @@ mod tests {
         feed(&mut recurrence, 0.0, 3000.0, |_| 3.0);
         assert_eq!(recurrence.ahead(3000.0, 300.0), 0.0);
         recurrence.note(3600.0, |_| None);
-        assert_eq!(recurrence.slots.back(), Some(&-1.0));
+        assert_eq!(
+            recurrence.slots.known(100, recurrence.slots.len()).count(),
+            0
+        );
         recurrence.note(100.0, |_| Some(1.0));
         assert_eq!(recurrence.slots.len(), 1);
     }
