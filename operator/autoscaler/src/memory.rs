@@ -99,7 +99,7 @@ pub(crate) struct Known {
 
 impl Memory {
     /// Of the stored form: another one means something else by the same names.
-    pub const VERSION: u32 = 1;
+    pub const VERSION: u32 = 2;
 
     /// A stored memory, with what the object's status tells of the time since it was stored.
     pub fn restored(self, desired_replicas: u32, dials: Option<Dials>) -> Self {
