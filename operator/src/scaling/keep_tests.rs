@@ -72,25 +72,26 @@ fn what_cannot_be_used_says_why() {
             (MEMORY_KEY.to_owned(), text.to_owned()),
         ])
     };
+    let current = Memory::VERSION.to_string();
     let why = |data| parse(&data).unwrap_err().to_string();
     assert_eq!(why(BTreeMap::new()), "it has no version");
     let other = why(data("0", "{}"));
     assert!(
-        other.contains("\"0\"") && other.contains("reads version 1"),
+        other.contains("\"0\"") && other.contains(&format!("reads version {}", Memory::VERSION)),
         "{other}"
     );
-    assert!(why(data("1", "{\"replicas\": -3}")).contains("can't be read"));
-    assert!(why(data("1", "null")).contains("can't be read"));
+    assert!(why(data(&current, "{\"replicas\": -3}")).contains("can't be read"));
+    assert!(why(data(&current, "null")).contains("can't be read"));
     let large = " ".repeat(MAX_BYTES + 1);
-    assert!(why(data("1", &large)).contains("16385 bytes"));
-    let mut lacks = data("1", "{}");
+    assert!(why(data(&current, &large)).contains("16385 bytes"));
+    let mut lacks = data(&current, "{}");
     lacks.remove(MEMORY_KEY);
     assert_eq!(why(lacks), "it has no memory.json");
 }
 
 proptest! {
     #[test]
-    fn no_text_is_too_strange(version in "1?[ -~]{0,3}", text in "\\PC{0,200}") {
+    fn no_text_is_too_strange(version in "2?[ -~]{0,3}", text in "\\PC{0,200}") {
         let _ = parse(&BTreeMap::from([
             (VERSION_KEY.to_owned(), version),
             (MEMORY_KEY.to_owned(), text),
@@ -156,7 +157,7 @@ async fn garbage_is_told_and_replaced() {
     )
     .await;
     assert_eq!(written["metadata"]["uid"], "map");
-    assert_eq!(written["data"]["version"], "1");
+    assert_eq!(written["data"]["version"], Memory::VERSION.to_string());
     run.await.unwrap();
 }
 
