@@ -1,5 +1,5 @@
-//! Load that jumps and is soon gone again. What was ordered for it and doesn't serve by then is of no use;
-//! what came in time stays for the next one, while the misses of this one are more than may be.
+//! Load that jumps and is soon gone again. What came too late for it is of no use; what came in time stays for
+//! the next one, while more requests of late missed than may.
 
 use serde::{Deserialize, Serialize};
 

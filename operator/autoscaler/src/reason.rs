@@ -93,7 +93,7 @@ impl Facts<'_> {
             Plan::GiveUp { from, to } => (
                 ReasonCode::ScaleDown,
                 format!(
-                    "From {from} to {}: {}; what the others were ordered for is over before they serve{}.",
+                    "From {from} to {}: {}; the others came too late for a burst that is over{}.",
                     replicas(to),
                     self.load(demand),
                     self.one_carries()

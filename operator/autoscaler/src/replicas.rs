@@ -37,7 +37,7 @@ pub(crate) enum Plan {
         again: bool,
     },
     Keep(u32),
-    /// What doesn't serve yet was ordered for a burst that is over.
+    /// These came too late for a burst that is over.
     GiveUp {
         from: u32,
         to: u32,
@@ -147,20 +147,16 @@ pub(crate) fn plan(
     if !fewer || (!demand.idle && suffers(scene, demand, capacity, current - 1)) {
         return Plan::Keep(current);
     }
-    // What was ordered for a burst that is over goes, but for what serves the backlog within a start.
+    // What came too late for a burst goes, but for what serves the backlog within a start.
     if memory.burst.is_over(now, start) {
         let serves = |one: Capacity| (one.rate * memory.starts.next()).max(1e-9);
         let waiting = f64::from(census.waiting());
         let for_backlog = capacity.map_or(0.0, |one| (waiting / serves(one)).ceil()) as u32;
         let serve = need.down.saturating_add(for_backlog);
-        let serve = serve.max(need.for_burst).max(floor);
-        let late = current.saturating_sub(serve).min(census.starting);
-        if late > 0 {
+        let to = bounded(serve.max(memory.burst.replicas), limits);
+        if to < current {
             memory.lower(now);
-            return Plan::GiveUp {
-                from: current,
-                to: bounded(current - late, limits),
-            };
+            return Plan::GiveUp { from: current, to };
         }
     }
     // A fall that is part of a pattern needs no patience: load won't be back before replicas can. What
