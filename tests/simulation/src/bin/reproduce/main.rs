@@ -3,6 +3,8 @@
 //!
 //! `cargo run --release -p stoker-simulation --bin reproduce -- --trace tests/traces/…csv`
 
+mod named;
+
 use std::path::PathBuf;
 
 use anyhow::Result;
@@ -22,6 +24,9 @@ struct Args {
     /// Only these columns.
     #[arg(long, value_delimiter = ',')]
     only: Vec<String>,
+    /// Instead of all that: what the recorded trace's settings that the study names do.
+    #[arg(long)]
+    named: bool,
     /// Print every setting's figures, not only the best one's.
     #[arg(long)]
     all: bool,
@@ -100,6 +105,10 @@ fn main() -> Result<()> {
         opening_parts: 1,
         ..study.with_backend(backend)
     };
+    if args.named {
+        named::print(&setup, &conv, args.threads);
+        return Ok(());
+    }
     for (column, name) in COLUMNS.iter().enumerate() {
         if !args.only.is_empty() && !args.only.iter().any(|only| only == name) {
             continue;
