@@ -4,6 +4,8 @@ use std::collections::VecDeque;
 
 use serde::{Deserialize, Serialize};
 
+use crate::jump::Fine;
+
 /// Seconds of a bucket.
 pub(crate) const GRAIN: f64 = 10.0;
 /// Buckets that are kept: the longest window of [`WINDOWS`].
@@ -14,13 +16,8 @@ pub(crate) const NEWEST: f64 = 20.0;
 const WINDOWS: [f64; 5] = [NEWEST, 40.0, 80.0, 160.0, 320.0];
 /// Windows shorter than this tell a level but no trend.
 const TREND_FROM: f64 = 80.0;
-/// Seconds of a fine bucket, and how many are kept: what a jump is seen in.
-const FINE: f64 = 2.0;
-const FINE_KEPT: usize = 6;
-/// Seconds before them that a jump is measured against.
+/// Seconds before the newest ones that a jump is measured against.
 const BEFORE: f64 = 60.0;
-/// A jump is for sure where chance makes one such in so many: the logarithm.
-const SURE: f64 = 14.0;
 /// Standard deviations by which the newest seconds may differ from a longer window's line before
 /// that window is taken to be of another time.
 const BREAK: f64 = 3.0;
@@ -52,7 +49,7 @@ pub(crate) struct Arrivals {
 /// Requests in a bucket, and how many of its seconds were watched: a fleet of which half tells
 /// something counts half.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
-struct Bucket(f64, f64);
+pub(crate) struct Bucket(pub f64, pub f64);
 
 /// A straight line through the load of late.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
@@ -81,9 +78,9 @@ pub(crate) struct History {
     /// When the first bucket began.
     start: f64,
     buckets: VecDeque<Bucket>,
-    /// The newest seconds once more, in steps of [`FINE`]: each with the number of its step.
+    /// The newest seconds once more.
     #[serde(skip)]
-    fine: VecDeque<(i64, Bucket)>,
+    fine: Fine,
     /// Everything up to here is known.
     until: f64,
     /// Forecasts to be checked: for when, and requests a second.
@@ -112,7 +109,7 @@ impl History {
         }
         for come in arrivals {
             self.spread(come);
-            self.spread_finely(come);
+            self.fine.spread(come);
         }
         self.until = self.until.max(until);
         while self.buckets.len() > KEPT {
@@ -136,69 +133,14 @@ impl History {
         }
     }
 
-    fn spread_finely(&mut self, come: &Arrivals) {
-        let (from, to) = (come.from, come.to);
-        let length = (to - from).max(1e-9);
-        let last = (to / FINE).ceil() as i64;
-        let newest = self
-            .fine
-            .back()
-            .map_or(last, |(step, _)| last.max(*step + 1));
-        for step in (newest - FINE_KEPT as i64)..last {
-            let start = FINE * step as f64;
-            let inside = (to.min(start + FINE) - from.max(start)).max(0.0);
-            if inside <= 0.0 {
-                continue;
-            }
-            let place = self.fine.partition_point(|(other, _)| *other < step);
-            if self.fine.get(place).is_none_or(|(other, _)| *other != step) {
-                self.fine.insert(place, (step, Bucket::default()));
-            }
-            if let Some((_, bucket)) = self.fine.get_mut(place) {
-                bucket.0 += come.requests * (inside / length).min(1.0);
-                bucket.1 = (bucket.1 + come.share * inside).min(FINE);
-            }
-        }
-        while self.fine.len() > FINE_KEPT {
-            self.fine.pop_front();
-        }
-    }
-
-    /// The rate since load jumped within the newest seconds, where it did beyond chance: of all ways to
-    /// divide them from the minute before, the most likely one (a likelihood ratio of two Poisson
-    /// processes).
+    /// The rate since load jumped within the newest seconds, where it did beyond chance.
     fn jump(&self) -> Option<Trend> {
-        let first = FINE * self.fine.front()?.0 as f64;
-        let (mut n, mut watched) = self
-            .within(BEFORE + self.until - first)
-            .filter(|(age, _, _)| *age > self.until - first)
-            .fold((0.0, 0.0), |sum, (_, n, w)| (sum.0 + n, sum.1 + w));
-        let fine: Vec<Bucket> = self.fine.iter().map(|(_, bucket)| *bucket).collect();
-        let mut best: Option<(f64, Trend)> = None;
-        for place in 0..fine.len() {
-            let (after, seconds) = (fine.iter().skip(place)).fold((0.0, 0.0), |sum, bucket| {
-                (sum.0 + bucket.0, sum.1 + bucket.1)
-            });
-            if watched >= GRAIN && seconds >= 0.5 * FINE && after * watched > n * seconds {
-                let all = (n + after) / (watched + seconds);
-                let told = |n: f64, seconds: f64| n * (n.max(1e-9) / (seconds * all)).ln();
-                let ratio = told(after, seconds) + told(n, watched);
-                if ratio > SURE && best.as_ref().is_none_or(|(most, _)| ratio > *most) {
-                    let jump = Trend {
-                        level: (after + after.sqrt()) / seconds,
-                        error: after.sqrt() / seconds,
-                        slope: 0.0,
-                        jumped_from: Some(n / watched),
-                    };
-                    best = Some((ratio, jump));
-                }
-            }
-            if let Some(bucket) = fine.get(place) {
-                n += bucket.0;
-                watched += bucket.1;
-            }
-        }
-        best.map(|(_, jump)| jump)
+        let age = self.until - self.fine.start()?;
+        let before = (self
+            .within(BEFORE + age)
+            .filter(|(other, _, _)| *other > age))
+        .fold((0.0, 0.0), |sum, (_, n, w)| (sum.0 + n, sum.1 + w));
+        self.fine.jump(before)
     }
 
     /// Buckets of the `seconds` before the end: seconds before the end of their middle, requests,

@@ -11,6 +11,7 @@
 //! | `tune` | all of these | dials for the fleet and for unlike replicas |
 //! | `probe` | steps that tell no law | dials of one replica that do |
 //! | `need` | demand, capacity | how many replicas load needs |
+//! | `history`, `jump` | load of the last minutes | where it stands and goes |
 //! | `recurrence`, `days` | load of the last hours, of the day before | what comes back, and when |
 //! | `burst` | load that jumps and is soon gone | what is kept for the next one |
 //! | `misses` | expected and missed objectives | by how much less a replica carries |
@@ -31,6 +32,7 @@ mod dials;
 mod fleet;
 mod histogram;
 mod history;
+mod jump;
 mod laws;
 mod lowering;
 mod misses;
