@@ -3,12 +3,14 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::history::Trend;
+use crate::history::{NEWEST, Trend};
 
 /// Times the load before that make a burst of a jump.
 const TIMES: f64 = 2.0;
 /// Share of a burst's load below which it is over.
 const OVER: f64 = 0.5;
+/// Standard deviations of the newest seconds' load by which it must be less for that.
+const BEYOND: f64 = 2.0;
 /// Starts that a burst lasts at most. Of load that stays for longer replicas that are ordered when it comes serve
 /// the most.
 const STARTS: f64 = 4.0;
@@ -48,8 +50,10 @@ impl Burst {
         let Some(came) = self.came else {
             return;
         };
-        self.rate = self.rate.max(level);
-        if level >= OVER * self.rate {
+        // The highest of many is high by chance, too, and the lowest low.
+        let chance = (level / NEWEST).sqrt();
+        self.rate = self.rate.max(level - chance);
+        if level + BEYOND * chance >= OVER * self.rate {
             self.lasted = self.lasted.max(now - came);
             self.replicas = self.replicas.max(settled);
             self.last = now;
@@ -111,7 +115,8 @@ mod tests {
         let over = after(60.0, 64);
         assert!(over.is_over(1064.0, 75.0), "{over:?}");
         assert!(!over.is_over(1264.0, 75.0), "{over:?}");
-        assert_eq!((over.rate, over.replicas), (12.0, 8));
+        assert!((11.0..12.0).contains(&over.rate), "{over:?}");
+        assert_eq!(over.replicas, 8);
         assert!(after(60.0, 1800).was_short(20.0));
         assert!(!after(60.0, 1900).was_short(20.0), "forgotten");
     }
@@ -126,7 +131,7 @@ mod tests {
     #[test]
     fn what_was_expected_is_no_burst() {
         assert_eq!(after_expected(60.0, 100, 11.0).rate, 0.0);
-        assert_eq!(after_expected(60.0, 100, 4.0).rate, 12.0);
+        assert!(after_expected(60.0, 100, 4.0).rate > 11.0);
     }
 
     #[test]

@@ -81,6 +81,9 @@ pub(crate) struct History {
     /// The newest seconds once more.
     #[serde(skip)]
     fine: Fine,
+    /// When load jumped last: what was before is of another time.
+    #[serde(skip)]
+    jumped_at: Option<f64>,
     /// Everything up to here is known.
     until: f64,
     /// Forecasts to be checked: for when, and requests a second.
@@ -112,6 +115,9 @@ impl History {
             self.fine.spread(come);
         }
         self.until = self.until.max(until);
+        if let Some((_, at)) = self.jump() {
+            self.jumped_at = Some(at);
+        }
         while self.buckets.len() > KEPT {
             self.buckets.pop_front();
             self.start += GRAIN;
@@ -133,8 +139,8 @@ impl History {
         }
     }
 
-    /// The rate since load jumped within the newest seconds, where it did beyond chance.
-    fn jump(&self) -> Option<Trend> {
+    /// The rate since load jumped within the newest seconds, where it did beyond chance, and when.
+    fn jump(&self) -> Option<(Trend, f64)> {
         let age = self.until - self.fine.start()?;
         let before = (self
             .within(BEFORE + age)
@@ -188,7 +194,8 @@ impl History {
         let mut before = 0;
         for seconds in WINDOWS {
             let buckets = self.within(seconds).count();
-            if buckets == before {
+            let jumped = |at| self.until - seconds < at - GRAIN;
+            if buckets == before || (before > 0 && self.jumped_at.is_some_and(jumped)) {
                 break;
             }
             before = buckets;
@@ -217,7 +224,7 @@ impl History {
             };
         }
         Some(match self.jump() {
-            Some(jump) if jump.level > best.level => jump,
+            Some((jump, _)) if jump.level > best.level => jump,
             _ => best,
         })
     }

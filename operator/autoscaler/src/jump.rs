@@ -46,36 +46,34 @@ impl Fine {
         self.0.front().map(|(step, _)| FINE * *step as f64)
     }
 
-    /// The rate since load jumped, where it did beyond chance: of all ways to divide these seconds from
+    /// The rate since load jumped, where it did beyond chance, and when: of all ways to divide these seconds from
     /// the ones `before` (requests, and seconds watched), the most likely one (a likelihood ratio of two
     /// Poisson processes).
-    pub fn jump(&self, before: (f64, f64)) -> Option<Trend> {
+    pub fn jump(&self, before: (f64, f64)) -> Option<(Trend, f64)> {
         let (mut n, mut watched) = before;
-        let fine: Vec<Bucket> = self.0.iter().map(|(_, bucket)| *bucket).collect();
-        let mut best: Option<(f64, Trend)> = None;
-        for place in 0..fine.len() {
-            let (after, seconds) = (fine.iter().skip(place)).fold((0.0, 0.0), |sum, bucket| {
+        let mut best: Option<(f64, Trend, f64)> = None;
+        for (place, (step, bucket)) in self.0.iter().enumerate() {
+            let newest = self.0.iter().skip(place);
+            let (after, seconds) = newest.fold((0.0, 0.0), |sum, (_, bucket)| {
                 (sum.0 + bucket.0, sum.1 + bucket.1)
             });
             if watched >= GRAIN && seconds >= 0.5 * FINE && after * watched > n * seconds {
                 let all = (n + after) / (watched + seconds);
                 let told = |n: f64, seconds: f64| n * (n.max(1e-9) / (seconds * all)).ln();
                 let ratio = told(after, seconds) + told(n, watched);
-                if ratio > SURE && best.as_ref().is_none_or(|(most, _)| ratio > *most) {
+                if ratio > SURE && best.as_ref().is_none_or(|(most, _, _)| ratio > *most) {
                     let jump = Trend {
                         level: (after + after.sqrt()) / seconds,
                         error: after.sqrt() / seconds,
                         slope: 0.0,
                         jumped_from: Some(n / watched),
                     };
-                    best = Some((ratio, jump));
+                    best = Some((ratio, jump, FINE * *step as f64));
                 }
             }
-            if let Some(bucket) = fine.get(place) {
-                n += bucket.0;
-                watched += bucket.1;
-            }
+            n += bucket.0;
+            watched += bucket.1;
         }
-        best.map(|(_, jump)| jump)
+        best.map(|(_, jump, at)| (jump, at))
     }
 }
