@@ -42,7 +42,7 @@ async fn stored_memory(cluster: &Cluster, after: f64) -> Result<Value> {
         let data = data.unwrap_or_default();
         let text = data.get("memory.json").map_or("null", String::as_str);
         let memory: Value = serde_json::from_str(text)?;
-        let watched = memory["recurrence"]["start"].as_f64() > Some(0.0);
+        let watched = memory["recurrence"]["slots"]["start"].as_f64() > Some(0.0);
         Ok((watched && memory["decided_at"].as_f64() > Some(after)).then_some(memory))
     })
     .await
@@ -99,7 +99,7 @@ async fn faults_killed_operator_and_server_cost_no_healthy_request() -> Result<(
     );
     // It goes on with what it knew: the load of before is still the beginning of what is stored.
     let after = stored_memory(&cluster, killed + 1.0).await?;
-    let began = |memory: &Value| memory["recurrence"]["start"].clone();
+    let began = |memory: &Value| memory["recurrence"]["slots"]["start"].clone();
     ensure!(
         began(&after) == began(&learnt),
         "what was learnt before the operator died is lost: {learnt:#} became {after:#}"
