@@ -81,7 +81,10 @@ pub(crate) struct History {
     /// The newest seconds once more.
     #[serde(skip)]
     fine: Fine,
-    /// When load jumped last: what was before is of another time.
+    /// The rate since load jumped within these, where it did beyond chance.
+    #[serde(skip)]
+    jump: Option<Trend>,
+    /// When it last jumped: what was before is of another time.
     #[serde(skip)]
     jumped_at: Option<f64>,
     /// Everything up to here is known.
@@ -115,9 +118,9 @@ impl History {
             self.fine.spread(come);
         }
         self.until = self.until.max(until);
-        if let Some((_, at)) = self.jump() {
-            self.jumped_at = Some(at);
-        }
+        let found = self.find_jump();
+        self.jumped_at = found.map(|(_, at)| at).or(self.jumped_at);
+        self.jump = found.map(|(jump, _)| jump);
         while self.buckets.len() > KEPT {
             self.buckets.pop_front();
             self.start += GRAIN;
@@ -139,8 +142,7 @@ impl History {
         }
     }
 
-    /// The rate since load jumped within the newest seconds, where it did beyond chance, and when.
-    fn jump(&self) -> Option<(Trend, f64)> {
+    fn find_jump(&self) -> Option<(Trend, f64)> {
         let age = self.until - self.fine.start()?;
         let before = (self
             .within(BEFORE + age)
@@ -223,8 +225,8 @@ impl History {
                 ..Trend::default()
             };
         }
-        Some(match self.jump() {
-            Some((jump, _)) if jump.level > best.level => jump,
+        Some(match self.jump {
+            Some(jump) if jump.level > best.level => jump,
             _ => best,
         })
     }

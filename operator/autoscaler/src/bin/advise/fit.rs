@@ -237,6 +237,16 @@ fn memory_bound(sums: &Sums) -> Option<(f64, f64, f64)> {
 mod tests {
     use super::*;
 
+    fn study_t4(hidden: f64) -> Law {
+        Law {
+            base: 27.5e-3,
+            per_kv_token: 0.36e-6,
+            per_token: 0.27e-3,
+            per_sequence: 0.2e-3,
+            hidden,
+        }
+    }
+
     /// Sums over steps of a law: every third has a part of a prompt.
     fn steps(law: &Law, budget: u32, mean_prompt: f64, n: u32) -> (Sums, Sums) {
         let (mut decode, mut prefill) = (Sums::default(), Sums::default());
@@ -284,13 +294,7 @@ mod tests {
     fn finds_the_law_behind_the_sums() {
         for hidden in [1.0, 0.7, 0.0] {
             for budget in [256, 2048] {
-                let truth = Law {
-                    base: 27.5e-3,
-                    per_kv_token: 0.36e-6,
-                    per_token: 0.27e-3,
-                    per_sequence: 0.2e-3,
-                    hidden,
-                };
+                let truth = study_t4(hidden);
                 let (decode, prefill) = steps(&truth, budget, 1100.0, 6000);
                 let law = law(&decode, &[(budget, prefill)]).unwrap();
                 for (sequences, tokens) in [(4, 4), (16, 16), (12, 256), (12, 512), (12, 2048)] {
@@ -317,13 +321,7 @@ mod tests {
     #[test]
     fn a_few_steps_under_another_budget_tell_what_hides() {
         for hidden in [1.0, 0.5, 0.0] {
-            let truth = Law {
-                base: 27.5e-3,
-                per_kv_token: 0.36e-6,
-                per_token: 0.27e-3,
-                per_sequence: 0.2e-3,
-                hidden,
-            };
+            let truth = study_t4(hidden);
             let (mut decode, mut regimes) = (Sums::default(), Vec::new());
             for (budget, n) in [(2048, 66), (256, 20_000), (224, 50_000)] {
                 let (more, prefill) = steps(&truth, budget, 12_000.0, n);
@@ -339,13 +337,7 @@ mod tests {
 
     #[test]
     fn steps_count_for_the_budget_that_they_were_made_under() {
-        let truth = Law {
-            base: 27.5e-3,
-            per_kv_token: 0.36e-6,
-            per_token: 0.27e-3,
-            per_sequence: 0.2e-3,
-            hidden: 1.0,
-        };
+        let truth = study_t4(1.0);
         let (mut seen, mut all) = (Steps::default(), Counters::default());
         for budget in [160, 2048, 224, 352] {
             let before = all.clone();
